@@ -1,0 +1,216 @@
+"""To and from Hugging Face: `config.json` read into a decoder's Config, names and layouts of
+weights in both directions. Sources: transformers/models/<model_type>/configuration_*.py for the
+defaults, modeling_*.py for the names."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnistep.core.param import Param, is_param
+from omnistep.core.tree import Tree, leaves_with_names, map_with_name
+from omnistep.models import decoder
+
+Json = Mapping[str, Any]
+
+
+class ConfigJsonError(ValueError):
+    """A config.json that can't be read, or asks for what is not built."""
+
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-6,
+    },
+    "qwen2": {
+        "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+        "rms_norm_eps": 1e-6,
+    },
+    "qwen3": {
+        "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+        "head_dim": 128, "rms_norm_eps": 1e-6,
+    },
+    "mistral": {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-6, "sliding_window": 4096,
+    },
+    "seed_oss": {
+        "vocab_size": 155136, "hidden_size": 4096, "intermediate_size": 27648,
+        "num_hidden_layers": 64, "num_attention_heads": 80, "num_key_value_heads": 8,
+        "head_dim": 128, "rms_norm_eps": 1e-6, "attention_bias": True,
+    },
+}  # fmt: skip
+"""What a family takes a key for that its config.json leaves out."""
+
+
+def read_config_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object at `path`, a config.json or the directory that holds it."""
+    file = Path(path)
+    file = file / "config.json" if file.is_dir() else file
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigJsonError(f"no model configuration at {file}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigJsonError(f"{file} can't be read as JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigJsonError(f"{file} holds a JSON {type(raw).__name__}, not an object")
+    return raw
+
+
+def decoder_config(raw: Json) -> decoder.Config:
+    """The decoder that a config.json describes. Raises ConfigJsonError for an unknown family, a
+    variant that is not built, or sizes that do not fit together."""
+    family = raw.get("model_type")
+    if family not in DEFAULTS:
+        raise ConfigJsonError(
+            f"model_type {family!r} is not built; there are {', '.join(sorted(DEFAULTS))}"
+        )
+    c = {**DEFAULTS[family], **{k: v for k, v in raw.items() if v is not None}}
+    if (act := c.get("hidden_act", "silu")) != "silu":
+        raise ConfigJsonError(f"hidden_act {act!r} is not built; only silu")
+    heads, embed, layers = c["num_attention_heads"], c["hidden_size"], c["num_hidden_layers"]
+    rope = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
+    if "type" in rope:
+        rope.setdefault("rope_type", rope.pop("type"))
+    theta = float(rope.pop("rope_theta", c.get("rope_theta", 10000.0)))
+    if rope.get("rope_type", "default") == "yarn" or rope.get("rope_type") == "llama3":
+        rope.setdefault("original_max_position_embeddings", c.get("max_position_embeddings"))
+    bias = family == "qwen2" or bool(c.get("attention_bias", False))
+    out_bias = {"seed_oss": "attention_out_bias", "qwen2": ""}.get(family, "attention_bias")
+    try:
+        return decoder.Config(
+            vocab=c["vocab_size"],
+            embed=embed,
+            layers=layers,
+            heads=heads,
+            kv_heads=c.get("num_key_value_heads", heads),
+            head_dim=c.get("head_dim", embed // heads),
+            mlp=c["intermediate_size"],
+            rope_theta=theta,
+            rope_scaling=rope,
+            norm_eps=c["rms_norm_eps"],
+            tied=bool(c.get("tie_word_embeddings", False)),
+            qkv_bias=bias,
+            out_bias=bool(c.get(out_bias, False)),
+            mlp_bias=family in ("llama", "seed_oss") and bool(c.get("mlp_bias", False)),
+            qk_norm=family == "qwen3",
+            windows=_windows(family, c, layers),
+            init_std=c.get("initializer_range", 0.02),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigJsonError(
+            f"the {family} configuration does not fit together: {error}"
+        ) from None
+
+
+def _windows(family: str, c: Json, layers: int) -> tuple[int | None, ...]:
+    window = c.get("sliding_window")
+    if family in ("qwen2", "qwen3"):
+        if not c.get("use_sliding_window", False) or window is None:
+            return ()
+        kinds = c.get("layer_types") or [
+            "sliding_attention" if i >= c.get("max_window_layers", 28) else "full_attention"
+            for i in range(layers)
+        ]
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    return (window,) * layers if family == "mistral" and window is not None else ()
+
+
+def unused_dropout(raw: Json) -> float:
+    """The largest dropout a config.json asks for; Omnistep trains without dropout."""
+    return max(
+        (raw.get(key) or 0.0 for key in ("attention_dropout", "residual_dropout")), default=0.0
+    )
+
+
+# Ours -> theirs. A layer's weight "q" is model.layers.<i>.self_attn.q_proj.weight, flattened to
+# the two dimensions (or one, for biases) of torch.nn.Linear.
+OUTER = {
+    "embed": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight",
+    "lm_head": "lm_head.weight",
+}
+LAYER = {
+    "attn_norm": "input_layernorm.weight",
+    "q": "self_attn.q_proj.weight",
+    "k": "self_attn.k_proj.weight",
+    "v": "self_attn.v_proj.weight",
+    "o": "self_attn.o_proj.weight",
+    "q_bias": "self_attn.q_proj.bias",
+    "k_bias": "self_attn.k_proj.bias",
+    "v_bias": "self_attn.v_proj.bias",
+    "o_bias": "self_attn.o_proj.bias",
+    "q_norm": "self_attn.q_norm.weight",
+    "k_norm": "self_attn.k_norm.weight",
+    "mlp_norm": "post_attention_layernorm.weight",
+    "gate": "mlp.gate_proj.weight",
+    "up": "mlp.up_proj.weight",
+    "down": "mlp.down_proj.weight",
+    "gate_bias": "mlp.gate_proj.bias",
+    "up_bias": "mlp.up_proj.bias",
+    "down_bias": "mlp.down_proj.bias",
+}
+
+
+def hf_shape(param: Param) -> tuple[int, ...]:
+    """The shape of one layer's weight there: `heads × head_dim` is one dimension."""
+    shape: list[int] = []
+    for axis, size in zip(param.axes, param.shape, strict=True):
+        if axis == "layers":
+            continue
+        if axis == "head_dim" and len(param.shape) > 2:
+            shape[-1] *= size
+        else:
+            shape.append(size)
+    return tuple(shape)
+
+
+def hf_names(name: str, param: Param) -> list[str]:
+    """The Hugging Face tensors that one of our leaves is made of: one a layer, or one."""
+    if name.startswith("layers."):
+        theirs = LAYER[name.removeprefix("layers.")]
+        return [f"model.layers.{i}.{theirs}" for i in range(param.shape[0])]
+    return [OUTER[name]]
+
+
+def import_weights(
+    params: Tree, read: Callable[[str], Tensor], dtype: torch.dtype, device: torch.device
+) -> Tree:
+    """Our tree, leaf by leaf, from a reader of Hugging Face tensors by name.
+
+    Raises ValueError, naming the tensor, where a shape differs.
+    """
+
+    def load(name: str, param: Param) -> Tensor:
+        leaf = torch.empty(param.shape, dtype=dtype, device=device)
+        names = hf_names(name, param)
+        for i, theirs in enumerate(names):
+            part = leaf[i] if name.startswith("layers.") else leaf
+            value = read(theirs).detach()
+            if tuple(value.shape) != hf_shape(param):
+                raise ValueError(
+                    f"{theirs} has shape {tuple(value.shape)}; the configuration asks for "
+                    f"{hf_shape(param)}"
+                )
+            part.copy_(value.reshape(part.shape))
+        return leaf
+
+    return map_with_name(load, params, is_leaf=is_param)
+
+
+def export_weights(params: Tree, values: Tree) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, tensor) of every weight, layer by layer; views, nothing is copied."""
+    declared = leaves_with_names(params, is_leaf=is_param)
+    for name, value in leaves_with_names(values).items():
+        param = declared[name]
+        parts = value.unbind(0) if name.startswith("layers.") else [value]
+        for part, theirs in zip(parts, hf_names(name, param), strict=True):
+            yield theirs, part.reshape(hf_shape(param))

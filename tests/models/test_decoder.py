@@ -1,0 +1,240 @@
+"""Dense decoders against transformers: logits and the gradient of every parameter."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+from omnistep.core import param, rng
+from omnistep.core.batch import Batch
+from omnistep.core.step import value_and_grad
+from omnistep.core.tree import leaves_with_names
+from omnistep.models import decoder, hf
+from omnistep.models.layers import rope_frequencies
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,  # large enough that no gradient is lost in rounding
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+CASES = {
+    "llama2": ("llama", {"num_key_value_heads": 4}),
+    "llama3": ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-linear": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    ),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3-yarn": ("qwen3", {"head_dim": 16, "rope_parameters": YARN}),
+    "mistral": ("mistral", {"sliding_window": 7}),
+    "mistral-full": ("mistral", {"sliding_window": None}),
+    "seed_oss": (
+        "seed_oss",
+        {"head_dim": 16, "attention_dropout": 0.0, "residual_dropout": 0.0},
+    ),
+    "seed_oss-out-bias": (
+        "seed_oss",
+        {
+            "attention_out_bias": True,
+            "head_dim": 8,
+            "attention_dropout": 0.0,
+            "residual_dropout": 0.0,
+        },
+    ),
+}
+
+
+def reference(case: str, dtype: torch.dtype) -> tuple[transformers.PreTrainedModel, decoder.Config]:
+    family, extra = CASES[case]
+    config = transformers.AutoConfig.for_model(family, **{**SIZES, **extra})
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                p.add_(torch.randn_like(p) * 0.2)
+    cfg = hf.decoder_config(config.to_dict())
+    if dtype == torch.float64:
+        exact(model, cfg)
+    return model.train(), cfg
+
+
+def exact(model: torch.nn.Module, cfg: decoder.Config) -> None:
+    """transformers computes norms and angles in fp32 whatever the dtype; here in fp64."""
+
+    def norm(self, x):
+        return self.weight * (
+            x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        )
+
+    def rotary(self, x, position_ids):
+        frequencies, _ = rope_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+        torch.testing.assert_close(frequencies.float(), self.inv_freq.float(), rtol=2e-6, atol=0)
+        angles = position_ids.double().unsqueeze(-1) * frequencies
+        angles = torch.cat((angles, angles), -1)
+        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = norm.__get__(module)
+        elif type(module).__name__.endswith("RotaryEmbedding"):
+            module.forward = rotary.__get__(module)
+
+
+def make_batch(packed: bool, seq: int = 24) -> Batch:
+    g = torch.Generator().manual_seed(1)
+    rows = 1 if packed else 2
+    tokens = torch.randint(SIZES["vocab_size"], (rows, seq), generator=g)
+    targets = torch.randint(SIZES["vocab_size"], (rows, seq), generator=g)
+    weights = (torch.rand(rows, seq, generator=g) < 0.7).float()
+    lengths = (9, 1, 14) if packed else (seq,)
+    positions = torch.cat([torch.arange(n) for n in lengths]).expand(rows, seq).contiguous()
+    return Batch(tokens, targets, weights, positions=positions)
+
+
+def relative_errors(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
+) -> dict[str, float]:
+    assert ours.keys() == theirs.keys()
+    return {
+        name: ((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in theirs
+    }
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["fp32", "fp64"]
+)
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_gradients_match_transformers(case, dtype, tolerance, packed):
+    model, cfg = reference(case, dtype)
+    batch = make_batch(packed)
+    out = model(input_ids=batch.tokens, position_ids=batch.positions, use_cache=False).logits
+    losses = F.cross_entropy(out.flatten(0, 1), batch.targets.flatten(), reduction="none")
+    (losses * batch.weights.flatten()).sum().backward()
+    their_grads = {name: p.grad for name, p in model.named_parameters()}
+
+    tree = decoder.params(cfg)
+    tensors = dict(model.named_parameters())
+    weights = hf.import_weights(
+        tree, lambda name: tensors[name].detach(), dtype, torch.device("cpu")
+    )
+    ours = decoder.make_logits(cfg, dtype=dtype)(weights, batch)
+    assert ((ours - out).norm() / out.norm()).item() < tolerance
+    loss = decoder.make_loss(cfg, dtype=dtype)
+    result, grads = value_and_grad(loss)(weights, batch, rng.key(0))
+    assert result.weight == batch.weights.sum()
+    errors = relative_errors(dict(hf.export_weights(tree, grads)), their_grads)
+    assert max(errors.values()) < tolerance, errors
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_recomputation_changes_nothing(mode):
+    _, cfg = reference("qwen3", torch.float64)
+    weights = param.initialize(decoder.params(cfg), rng.key(3), torch.float64, torch.device("cpu"))
+    batch = make_batch(packed=True)
+    plain = value_and_grad(decoder.make_loss(cfg, dtype=torch.float64))(weights, batch, rng.key(0))
+    again = value_and_grad(decoder.make_loss(cfg, dtype=torch.float64, mode=mode))(
+        weights, batch, rng.key(0)
+    )
+    torch.testing.assert_close(again, plain, rtol=0, atol=0)
+
+
+def test_cu_seqlens_and_positions_give_the_same_numbers():
+    _, cfg = reference("qwen3", torch.float32)
+    weights = param.initialize(decoder.params(cfg), rng.key(3), torch.float32, torch.device("cpu"))
+    by_positions = make_batch(packed=True)
+    by_lengths = Batch(
+        by_positions.tokens,
+        by_positions.targets,
+        by_positions.weights,
+        cu_seqlens=torch.tensor([[0, 9, 10, 24, 24]], dtype=torch.int32),
+    )
+    logits = decoder.make_logits(cfg, dtype=torch.float32)
+    torch.testing.assert_close(
+        logits(weights, by_lengths), logits(weights, by_positions), rtol=0, atol=0
+    )
+
+
+def test_export_returns_what_import_read():
+    model, cfg = reference("qwen3", torch.float32)
+    tensors = dict(model.named_parameters())
+    tree = decoder.params(cfg)
+    weights = hf.import_weights(tree, tensors.__getitem__, torch.float32, torch.device("cpu"))
+    exported = dict(hf.export_weights(tree, weights))
+    assert exported.keys() == tensors.keys()
+    for name, value in exported.items():
+        torch.testing.assert_close(value, tensors[name].detach(), rtol=0, atol=0)
+
+
+def test_parameter_count_is_transformers():
+    for case in CASES:
+        model, cfg = reference(case, torch.float32)
+        assert param.count(decoder.params(cfg)) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not built; there are llama"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not built"),
+        ({"num_key_value_heads": 3}, "4 attention heads can't share 3 key/value heads"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope_type 'longrope' is not one of"),
+        ({"hidden_size": "big"}, "does not fit together"),
+    ],
+)
+def test_what_is_not_built_is_named(change, message):
+    with pytest.raises(hf.ConfigJsonError, match=message):
+        hf.decoder_config({"model_type": "llama", **SIZES, **change})
+
+
+def test_bad_config_files_are_named(tmp_path):
+    with pytest.raises(hf.ConfigJsonError, match="no model configuration at"):
+        hf.read_config_json(tmp_path)
+    (tmp_path / "config.json").write_text("{not json")
+    with pytest.raises(hf.ConfigJsonError, match=r"config\.json can't be read as JSON"):
+        hf.read_config_json(tmp_path)
+
+
+def test_a_weight_of_another_shape_is_named():
+    _, cfg = reference("qwen3", torch.float32)
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight has shape \(3, 3\)"):
+        hf.import_weights(
+            decoder.params(cfg), lambda _: torch.zeros(3, 3), torch.float32, torch.device("cpu")
+        )
+
+
+def test_leaves_are_stacked():
+    _, cfg = reference("qwen3", torch.float32)
+    shapes = {
+        name: p.shape
+        for name, p in leaves_with_names(decoder.params(cfg), is_leaf=param.is_param).items()
+    }
+    assert shapes["layers.q"] == (3, 4, 16, 32)
+    assert "lm_head" not in shapes
