@@ -1,0 +1,44 @@
+"""The text of `--help`: every argument a command reads, at most 100 columns wide."""
+
+from omnistep.core.config import ARGUMENTS, SECTIONS, Argument, Command
+from omnistep.core.config_rules import NOT_YET
+from omnistep.core.config_types import shown, type_usage
+
+
+def help_text(command: Command) -> str:
+    """Usage, then each section with its arguments: type, default, and a line of meaning."""
+    lines = [
+        f"usage: {command.program} [recipe.yaml] [--section.name value ...]",
+        "",
+        command.about,
+        "",
+        "A recipe is YAML: sections with their arguments. The command line wins over the recipe,",
+        "the recipe over the defaults. On the command line MAPPING is JSON, NAMES is a or [a,b].",
+        "Paths are relative to the current directory; omnistep:data/... is a file of the package.",
+    ]
+    for section in command.reads:
+        about = (SECTIONS[section].__doc__ or "").splitlines()[0]
+        lines += ["", f"{section} - {about}", ""]
+        for name, argument in ARGUMENTS.items():
+            if name.startswith(f"{section}."):
+                lines += [_usage(argument, command), f"      {argument.info.help}"]
+    return "\n".join(lines)
+
+
+def _usage(argument: Argument, command: Command) -> str:
+    notes = [_default(argument, command)]
+    if argument.name in NOT_YET:
+        notes.append(f"only {' or '.join(map(shown, NOT_YET[argument.name]))} for now")
+    return f"  --{argument.name} {type_usage(argument.type)} ({'; '.join(notes)})"
+
+
+def _default(argument: Argument, command: Command) -> str:
+    if argument.info.required:
+        is_needed = argument.name.split(".")[0] in command.needs
+        return "required" if is_needed else "not needed here"
+    if argument.info.otherwise:
+        return f"default: {argument.info.otherwise}"
+    if argument.default is None:
+        return "default: none"
+    is_text = isinstance(argument.default, str)
+    return f"default: {argument.default if is_text else shown(argument.default)}"

@@ -1,0 +1,171 @@
+"""Generation with a dense decoder: a cache of static shape, one compiled layer called per layer.
+
+Rows are padded on the left, so that all rows write their next token at the same cache index.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from attrs import frozen
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from omnistep.core import rng
+from omnistep.core.compile import compile_graph
+from omnistep.core.tree import Tree
+from omnistep.models.attention import attention, decode_attention
+from omnistep.models.decoder import (
+    Config,
+    attention_output,
+    mlp,
+    output_weight,
+    project_qkv,
+    rope,
+    unstack,
+)
+from omnistep.models.layers import at_least_fp32, rms_norm
+
+CACHE_STEP = 256
+"""Cache lengths are multiples of this: a conversation that grows compiles rarely."""
+PROMPT_STEP = 32
+"""Prompts are padded to multiples of this."""
+
+
+@frozen
+class Sampling:
+    """How the next token is drawn. Not `do_sample`: always the likeliest."""
+
+    do_sample: bool = True
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+def choose(
+    logits: Float[Tensor, "rows vocab"],
+    key: Tensor,
+    step: Int[Tensor, ""],
+    rows_seen: Int[Tensor, ""],
+    sampling: Sampling,
+) -> Int[Tensor, " rows"]:
+    """The next token of each row.
+
+    With sampling: from the smallest set of likeliest tokens whose probability reaches top_p
+    (arXiv 1904.09751), by the Gumbel-max trick. The noise of a token is a function of (key, step,
+    index of the row among all prompts): it does not depend on which rows share a batch.
+    """
+    if not sampling.do_sample:
+        return logits.argmax(-1)
+    z = at_least_fp32(logits) / sampling.temperature
+    if sampling.top_p < 1.0:
+        likely, order = z.softmax(-1).sort(-1, descending=True)
+        beyond = likely.cumsum(-1) - likely >= sampling.top_p
+        z = z.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), float("-inf"))
+    rows = [
+        rng.uniform(rng.fold_in(rng.fold_in(key, rows_seen + i), step), (z.shape[-1],), z.dtype)
+        for i in range(z.shape[0])
+    ]
+    tiny = torch.finfo(z.dtype).tiny
+    return (z - (-torch.stack(rows).clamp(min=tiny).log()).log()).argmax(-1)
+
+
+def _prefill_layer(
+    x: Tensor, w: dict[str, Tensor], cos: Tensor, sin: Tensor, starts: Tensor, cfg: Config, window
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = project_qkv(rms_norm(x, w["attn_norm"], cfg.norm_eps), w, cos, sin, cfg)
+    a = attention(q, k, v, starts, scale=cfg.head_dim**-0.5, window=window)
+    x = x + attention_output(a, w)
+    return x + mlp(rms_norm(x, w["mlp_norm"], cfg.norm_eps), w), k, v
+
+
+def make_decode_layer(cfg: Config, window: int | None) -> Callable[..., Tensor]:
+    """(x [rows, 1, embed], weights, cos, sin, k_cache, v_cache, first [rows], at []) -> x. Writes
+    the token's key and value into the caches at index `at`."""
+
+    def decode_layer(x, w, cos, sin, k_cache, v_cache, first, at):
+        q, k, v = project_qkv(rms_norm(x, w["attn_norm"], cfg.norm_eps), w, cos, sin, cfg)
+        k_cache.index_copy_(1, at.view(1), k)
+        v_cache.index_copy_(1, at.view(1), v)
+        a = decode_attention(
+            q, k_cache, v_cache, first, at, scale=cfg.head_dim**-0.5, window=window
+        )
+        x = x + attention_output(a, w)
+        return x + mlp(rms_norm(x, w["mlp_norm"], cfg.norm_eps), w)
+
+    return decode_layer
+
+
+Generate = Callable[..., Iterator[list[int]]]
+
+
+def make_generate(
+    cfg: Config, weights: Tree, sampling: Sampling, *, dtype: torch.dtype, compile: bool = True
+) -> Generate:
+    """generate(prompts, max_tokens, key, rows_seen=0) -> one token per prompt, again and again.
+
+    `prompts` are non-empty lists of token ids; `rows_seen` is the index of the first of them
+    among all prompts of the run. The iterator ends after `max_tokens` tokens; the caller stops
+    earlier, and ignores a row that has said its last word. Keep the function: what it compiled
+    serves later calls.
+    """
+    maybe_compile = compile_graph if compile else lambda function: function
+    windows = cfg.windows or (None,) * cfg.layers
+    by_window = {w: maybe_compile(make_decode_layer(cfg, w)) for w in set(windows)}
+    layers = unstack(weights["layers"], dtype)
+    embed = weights["embed"]
+    final_norm = weights["final_norm"].to(dtype)
+    head = output_weight(weights).to(dtype)
+
+    def pick(x: Tensor, key: Tensor, step: Tensor, rows_seen: Tensor) -> Tensor:
+        logits = F.linear(rms_norm(x[:, -1], final_norm, cfg.norm_eps), head)
+        return choose(logits, key, step, rows_seen, sampling)
+
+    pick = maybe_compile(pick)
+
+    def start(
+        tokens: Tensor, first: Tensor, length: int
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Runs the prompts; the caches of each layer are [rows, length, kv_heads, head_dim]."""
+        rows, seq = tokens.shape
+        index = torch.arange(seq, dtype=torch.int32, device=tokens.device)
+        # a token of the padding is a sample of its own, and costs nothing
+        starts = torch.minimum(index, first[:, None]).to(torch.int32)
+        cos, sin = rope(cfg, index - starts, dtype)
+        x = F.embedding(tokens, embed).to(dtype)
+        k_caches, v_caches = [], []
+        for w, window in zip(layers, windows, strict=True):
+            x, k, v = _prefill_layer(x, w, cos, sin, starts, cfg, window)
+            for caches, part in ((k_caches, k), (v_caches, v)):
+                cache = x.new_zeros(rows, length, cfg.kv_heads, cfg.head_dim)
+                cache[:, :seq] = part
+                caches.append(cache)
+        return x, k_caches, v_caches
+
+    def generate(
+        prompts: Sequence[Sequence[int]], max_tokens: int, key: Tensor, rows_seen: int = 0
+    ) -> Iterator[list[int]]:
+        if not prompts or not all(prompts):
+            raise ValueError("every prompt needs at least one token")
+        device = embed.device
+        longest = max(len(prompt) for prompt in prompts)
+        seq = -(-longest // PROMPT_STEP) * PROMPT_STEP
+        length = -(-(seq + max_tokens) // CACHE_STEP) * CACHE_STEP
+        padded = [[0] * (seq - len(prompt)) + list(prompt) for prompt in prompts]
+        tokens = torch.tensor(padded, device=device)
+        first = torch.tensor([seq - len(prompt) for prompt in prompts], device=device)
+        key = key.to(device)
+        number = torch.tensor(rows_seen, device=device)
+        with torch.no_grad():
+            x, k_caches, v_caches = start(tokens, first, length)
+            for step in range(max_tokens):
+                token = pick(x[:, -1:], key, torch.tensor(step, device=device), number)
+                yield token.tolist()
+                if step == max_tokens - 1:
+                    return
+                at = torch.tensor(seq + step, device=device)
+                cos, sin = rope(cfg, (at - first)[:, None], dtype)
+                x = F.embedding(token[:, None], embed).to(dtype)
+                for i, (w, window) in enumerate(zip(layers, windows, strict=True)):
+                    x = by_window[window](x, w, cos, sin, k_caches[i], v_caches[i], first, at)
+
+    return generate
