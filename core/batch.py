@@ -39,8 +39,8 @@ def segment_starts(batch: Batch) -> Int[Tensor, "rows seq"]:
         return index - batch.positions.to(torch.int32)
     if batch.cu_seqlens is None:
         raise ValueError("a Batch needs `positions` or `cu_seqlens`; it has neither")
-    rows = batch.tokens.shape[0]
-    sample = torch.searchsorted(batch.cu_seqlens, index.expand(rows, seq).contiguous(), right=True)
+    every = index.expand(batch.tokens.shape).contiguous()
+    sample = torch.searchsorted(batch.cu_seqlens, every, right=True)
     return batch.cu_seqlens.gather(-1, sample - 1).to(torch.int32)
 
 

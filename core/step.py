@@ -176,6 +176,24 @@ def make_train_step(
     return train_step
 
 
+def make_eval_step(
+    loss_fn: LossFn, *, compile: bool = True
+) -> Callable[[Tree, Any, Tensor], tuple[Tensor, Tensor]]:
+    """(params, micro_batch, key) -> (total, weight) of the loss, without gradients."""
+
+    def evaluate(params: Tree, batch: Any, key: Tensor) -> tuple[Tensor, Tensor]:
+        out = loss_fn(params, batch, key)
+        return out.total, out.weight
+
+    evaluate = compile_graph(evaluate) if compile else evaluate
+
+    def eval_step(params: Tree, batch: Any, key: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            return evaluate(params, batch, key)
+
+    return eval_step
+
+
 def _unstack(batch: Any, count: int) -> list[Any]:
     sizes = {leaf.shape[0] if leaf.ndim else None for leaf in tree_leaves(batch)}
     if sizes != {count}:

@@ -158,11 +158,13 @@ def make_layer(cfg: Config, window: int | None, mode: Remat) -> Callable[..., Te
     def run(*inputs: Any) -> Tensor:
         return block(*inputs, cfg=cfg, window=window)
 
+    run = remat(run, mode, SAVED_OPS)
+
     @torch.compiler.nested_compile_region
     def layer(
         x: Tensor, w: Mapping[str, Tensor], cos: Tensor, sin: Tensor, starts: Tensor
     ) -> Tensor:
-        return remat(run, mode, SAVED_OPS)(x, w, cos, sin, starts)
+        return run(x, w, cos, sin, starts)
 
     return layer
 
@@ -225,3 +227,21 @@ def make_loss(cfg: Config, *, dtype: torch.dtype, mode: Remat = "none") -> LossF
         return LossOutput(total, batch.weights.sum())
 
     return loss
+
+
+def flops(cfg: Config, tokens: float, visible: float) -> float:
+    """Model FLOPs of one training step: 6 per matrix weight and token (2 forward, 4 backward), and
+    attention's products over `visible` pairs of tokens (causal: about seq/2 a token), which is
+    what is needed; recomputation and masked pairs do not count."""
+    per_layer = cfg.head_dim * cfg.embed * (2 * cfg.heads + 2 * cfg.kv_heads)
+    matrices = cfg.layers * (per_layer + 3 * cfg.embed * cfg.mlp) + cfg.vocab * cfg.embed
+    return 6.0 * matrices * tokens + 12.0 * cfg.layers * cfg.heads * cfg.head_dim * visible
+
+
+def visible_pairs(batch: Batch, cfg: Config) -> float:
+    """How many (query, key) pairs attention looks at in a batch, averaged over the layers."""
+    seen = positions(batch).double() + 1
+    windows = cfg.windows or (None,)
+    return sum((seen if w is None else seen.clamp(max=w)).sum().item() for w in windows) / len(
+        windows
+    )

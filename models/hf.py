@@ -49,6 +49,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """What a family takes a key for that its config.json leaves out."""
 
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "seed_oss": "SeedOssForCausalLM",
+}
+
 
 def read_config_json(path: str | Path) -> dict[str, Any]:
     """The JSON object at `path`, a config.json or the directory that holds it."""

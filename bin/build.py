@@ -1,0 +1,257 @@
+"""What a run is made of: each part built from the resolved arguments."""
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import frozen
+
+from omnistep.core import optim, param, rng
+from omnistep.core.checkpoint.safetensors import open_weights
+from omnistep.core.config import Arguments, ModelArguments, TrainArguments
+from omnistep.core.schedule import make_schedule
+from omnistep.core.step import Schedule
+from omnistep.core.tree import Tree
+from omnistep.data.loader import Loader, make_loader
+from omnistep.data.loader_config import LoaderConfig
+from omnistep.data.source import open_source
+from omnistep.data.steps import packed_steps, padded_steps
+from omnistep.data.tokenizer import Tokenizer, load_tokenizer
+from omnistep.models import decoder, hf
+from omnistep.parallel.mesh import Mesh, pick_device
+from omnistep.parallel.remat import Remat
+
+
+class RunError(Exception):
+    """Something a run was given does not fit; str() says what, and what would."""
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@frozen(eq=False)
+class Model:
+    """A model before it has values."""
+
+    raw: Mapping[str, Any]
+    """The config.json as it was read."""
+    cfg: decoder.Config
+    tree: Tree
+    """Of Params."""
+
+
+def read_model(args: ModelArguments) -> Model:
+    raw = hf.read_config_json(args.config_path or "")
+    cfg = hf.decoder_config(raw)
+    return Model(raw, cfg, decoder.params(cfg))
+
+
+def read_tokenizer(args: ModelArguments, cfg: decoder.Config) -> Tokenizer:
+    """Raises RunError when the tokenizer has ids the model's embedding has no row for."""
+    tokenizer = load_tokenizer(args.tokenizer_path or "")
+    if tokenizer.vocab_size > cfg.vocab:
+        raise RunError(
+            f"the tokenizer {tokenizer.path} has ids up to {tokenizer.vocab_size - 1}, but the "
+            f"model's vocabulary is {cfg.vocab} ({args.config_path}): set vocab_size to at least "
+            f"{tokenizer.vocab_size}, or give model.tokenizer_path the tokenizer of this model"
+        )
+    return tokenizer
+
+
+def make_mesh(args: TrainArguments) -> Mesh:
+    return Mesh(pick_device(args.init_device))
+
+
+def param_dtype(args: TrainArguments, model: Model) -> torch.dtype:
+    """What parameters are kept in: fp32 with mixed precision, else the one dtype of everything."""
+    if args.optimizer == "anyprecision_adamw":
+        return torch.bfloat16
+    if args.enable_mixed_precision:
+        return torch.float32
+    if args.compute_dtype is not None:
+        return DTYPES[args.compute_dtype]
+    name = str(model.raw.get("dtype") or model.raw.get("torch_dtype") or "float32")
+    if name not in DTYPES:
+        raise RunError(f"the model config's dtype {name!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def compute_dtype(args: TrainArguments, model: Model) -> torch.dtype:
+    if args.compute_dtype is None:
+        return param_dtype(args, model)
+    return DTYPES[args.compute_dtype]
+
+
+def remat_mode(args: TrainArguments) -> Remat:
+    if not args.enable_gradient_checkpointing:
+        return "none"
+    return "full" if args.enable_reentrant else "selective"
+
+
+def make_params(args: Arguments, model: Model, mesh: Mesh) -> Tree:
+    """The weights a run starts from: read from model_path, else a function of train.seed alone.
+
+    init_device cpu makes random values on the CPU and moves them; cuda and meta make each in
+    place on the device. The values are the same.
+    """
+    dtype = param_dtype(args.train, model)
+    if args.model.model_path:
+        return read_weights(args.model.model_path, model, dtype, mesh.device)
+    place = torch.device("cpu") if args.train.init_device == "cpu" else mesh.device
+    key = rng.key(args.train.seed, place)
+    return param.initialize(model.tree, key, dtype, mesh.device)
+
+
+def read_weights(path: str, model: Model, dtype: torch.dtype, device: torch.device) -> Tree:
+    try:
+        return hf.import_weights(model.tree, open_weights(path).read, dtype, device)
+    except (OSError, ValueError) as error:
+        raise RunError(f"the weights at {path} can't be used: {error}") from error
+
+
+def make_optimizer(args: TrainArguments, model: Model) -> optim.Optimizer:
+    build = optim.adamw if args.optimizer == "adamw" else optim.anyprecision_adamw
+    return build(weight_decay=args.weight_decay, decay_mask=param.decay_mask(model.tree))
+
+
+def make_lr(args: TrainArguments, total_steps: int) -> Schedule:
+    return make_schedule(
+        total_steps=total_steps,
+        lr=args.lr,
+        lr_min=args.lr_min,
+        style=args.lr_decay_style,
+        warmup_ratio=args.lr_warmup_ratio,
+        decay_ratio=args.lr_decay_ratio,
+    )
+
+
+@frozen(eq=False)
+class Data:
+    """The training stream, and how many steps it is read for."""
+
+    loader: Loader
+    samples: int
+    epoch_steps: int
+    total_steps: int
+    accumulate: int
+
+
+def open_data(args: Arguments, tokenizer: Tokenizer, mesh: Mesh) -> Data:
+    """Opens the training data and starts its workers. Padded data is counted by one pass."""
+    data, train = args.data, args.train
+    global_batch = train.global_batch_size or train.micro_batch_size * mesh.data_ranks
+    accumulate = global_batch // (train.micro_batch_size * mesh.data_ranks)
+    source = open_source(data.train_path, text_keys(args))
+    common = {"global_batch_size": global_batch}
+
+    def config(warmup_steps: int) -> LoaderConfig:
+        return LoaderConfig(
+            max_seq_len=data.max_seq_len,
+            micro_batch_size=train.micro_batch_size,
+            accumulate=accumulate,
+            rmpad=train.rmpad,
+            rmpad_with_pos_ids=train.rmpad_with_pos_ids,
+            dyn_bsz_margin=train.dyn_bsz_margin,
+            dyn_bsz_runtime=train.dyn_bsz_runtime,
+            bsz_warmup_steps=warmup_steps,
+            seed=train.seed,
+            drop_last=data.drop_last,
+            text_keys=text_keys(args),
+            num_workers=min(data.num_workers, os.cpu_count() or 1),
+            prefetch_factor=data.prefetch_factor,
+            pin_memory=data.pin_memory,
+            data_ranks=mesh.data_ranks,
+        )
+
+    if config(0).packed:
+        steps = packed_steps(
+            data.train_size,
+            micro_batch_size=train.micro_batch_size,
+            max_seq_len=data.max_seq_len,
+            dyn_bsz_margin=train.dyn_bsz_margin,
+            bsz_warmup_ratio=train.bsz_warmup_ratio,
+            **common,
+        )
+        steps = _capped(steps, train)
+        total = steps * train.num_train_epochs
+        loader = make_loader(source, tokenizer, config(int(total * train.bsz_warmup_ratio)))
+        return Data(loader, len(source), steps, total, accumulate)
+    loader = make_loader(source, tokenizer, config(0))
+    pieces = loader.count_pieces()
+    steps = _capped(padded_steps(pieces, drop_last=data.drop_last, **common), train)
+    if steps == 0:
+        raise RunError(
+            f"{data.train_path} has {pieces} sequences of at most {data.max_seq_len} tokens, fewer "
+            f"than train.global_batch_size = {global_batch}: make it smaller, or set "
+            "data.drop_last false"
+        )
+    return Data(loader, len(source), steps, steps * train.num_train_epochs, accumulate)
+
+
+def _capped(steps: int, args: TrainArguments) -> int:
+    return steps if args.max_steps is None else min(steps, args.max_steps)
+
+
+def open_eval(args: Arguments, tokenizer: Tokenizer) -> Loader | None:
+    """The held-out data, in micro-batches of the training's shape; None where none is given."""
+    if args.data.eval_path is None:
+        return None
+    config = LoaderConfig(
+        max_seq_len=args.data.max_seq_len,
+        micro_batch_size=args.train.micro_batch_size,
+        rmpad=args.train.rmpad,
+        rmpad_with_pos_ids=args.train.rmpad_with_pos_ids,
+        text_keys=text_keys(args),
+        drop_last=False,
+    )
+    return make_loader(open_source(args.data.eval_path, text_keys(args)), tokenizer, config)
+
+
+def text_keys(args: Arguments) -> tuple[str, ...]:
+    keys = args.data.text_keys or ("content_split",)
+    return (keys,) if isinstance(keys, str) else tuple(keys)
+
+
+def checkpoint_place(path: str) -> tuple[Path, int | None]:
+    """(directory of checkpoints, step or None for the newest) that a path means: one checkpoint,
+    a directory of them, or the output_dir of a run. Raises RunError when it is none of these."""
+    place = Path(path).expanduser()
+    if not place.is_dir():
+        raise RunError(f"train.load_checkpoint_path: there is no directory {place}")
+    if place.name.isdecimal():
+        return place.parent, int(place.name)
+    inner = place / "checkpoints"
+    return (inner if inner.is_dir() else place), None
+
+
+def describe(args: Arguments, model: Model, data: Data, mesh: Mesh) -> str:
+    """What is about to happen, for a person."""
+    cfg, train = model.cfg, args.train
+    total = param.count(model.tree)
+    outer = cfg.vocab * cfg.embed * (1 if cfg.tied else 2)
+    rows = math.prod((train.micro_batch_size, data.accumulate, mesh.data_ranks))
+    packing = "cu_seqlens" if train.rmpad else "positions" if train.rmpad_with_pos_ids else None
+    tokens = rows * args.data.max_seq_len
+    weights = str(param_dtype(train, model)).removeprefix("torch.")
+    compute = str(compute_dtype(train, model)).removeprefix("torch.")
+    start = args.model.model_path or f"random, seed {train.seed}"
+    lines = {
+        "model": f"{model.raw['model_type']}, {total / 1e6:.1f} M parameters "
+        f"({(total - outer) / 1e6:.1f} M without embeddings), from {start}",
+        "mesh": f"1 rank, {mesh.device.type}, {train.data_parallel_mode}",
+        "numbers": f"weights {weights}, compute {compute}, {train.optimizer}, "
+        f"recomputation {remat_mode(train)}, "
+        f"{'eager' if train.enable_manual_eager else 'compiled'}",
+        "data": f"{args.data.train_path}: {data.samples} samples, "
+        + (f"packed ({packing})" if packing else "padded"),
+        "steps": f"{data.total_steps} of {tokens} tokens "
+        f"({train.micro_batch_size} × {args.data.max_seq_len}, accumulated {data.accumulate} times), "
+        f"{train.num_train_epochs} epoch(s) of {data.epoch_steps}",
+        "output": train.output_dir,
+    }
+    if dropout := hf.unused_dropout(model.raw):
+        lines["note"] = f"the model config asks for dropout {dropout}; training has none"
+    return "\n".join(f"{name:>8}  {text}" for name, text in lines.items())

@@ -1,0 +1,49 @@
+"""A trained model as a Hugging Face directory: weights, config, tokenizer."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from omnistep.bin.build import Model
+from omnistep.core.checkpoint.safetensors import write_weights
+from omnistep.core.tree import Tree, tree_leaves
+from omnistep.data.tokenizer import Tokenizer
+from omnistep.models import hf
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def export(directory: Path, model: Model, params: Tree, tokenizer: Tokenizer) -> None:
+    """Writes what `transformers.AutoModelForCausalLM.from_pretrained(directory)` reads. Files of
+    an earlier export are replaced one by one, each by a whole one."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_weights(directory, dict(hf.export_weights(model.tree, params)))
+    dtype = str(tree_leaves(params)[0].dtype).removeprefix("torch.")
+    config = {k: v for k, v in model.raw.items() if k not in ("torch_dtype", "dtype")}
+    config["architectures"] = [hf.ARCHITECTURES[config["model_type"]]]
+    config["dtype"] = dtype
+    config.setdefault("eos_token_id", tokenizer.eos_id)
+    _write_json(directory / "config.json", config)
+    source = Path(tokenizer.path).parent
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file() and not _same(source / name, directory / name):
+            shutil.copyfile(source / name, directory / name)
+
+
+def _same(a: Path, b: Path) -> bool:
+    return b.exists() and a.samefile(b)
+
+
+def _write_json(path: Path, value: object) -> None:
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, path)

@@ -1,0 +1,97 @@
+"""Orbax's part of a save: step directories, tree metadata, merge, atomic rename, retention.
+
+Importing this module imports jax and orbax (about a second, 140 MB): do it late, on rank 0 only.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+# Orbax needs a jax backend for its bookkeeping only: it must not take the accelerator's memory.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import orbax.checkpoint as ocp
+from omnistep.core.checkpoint.shards import Shard
+from orbax.checkpoint import future, type_handlers
+
+ITEM = "state"
+"""The one item of every step; its directory holds the arrays."""
+
+
+class ShardHandler(type_handlers.NumpyHandler):
+    """Hands the step's temporary directory to `write`, in which every rank writes its shards.
+
+    The rest is inherited: the files are what orbax itself writes for numpy arrays.
+    """
+
+    def __init__(self, write: Callable[[str, list[Shard]], None]):
+        super().__init__()
+        self._write = write
+
+    async def serialize(
+        self, values: Sequence[Shard], infos: Sequence[Any], args: Any = None
+    ) -> list[Any]:
+        async def background() -> None:
+            for info in infos:
+                await info.await_path_creation()
+            await asyncio.to_thread(self._write, str(infos[0].parent_dir), list(values))
+
+        return [future.CommitFutureAwaitingContractedSignals(background(), name="shards")]
+
+
+class Catalogue:
+    """The committed steps of one directory, as orbax keeps them.
+
+    Opening one deletes what killed saves left behind. Saves are synchronous: the store runs
+    them in a thread of its own.
+    """
+
+    def __init__(self, directory: str, keep: int | None, write: Callable[[str, list[Shard]], None]):
+        registry = type_handlers.create_type_handler_registry(
+            (int, type_handlers.ScalarHandler()),
+            (str, type_handlers.StringHandler()),
+            (Shard, ShardHandler(write)),
+        )
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            cleanup_tmp_directories=True,
+            # orbax's own asynchrony hangs for minutes on a directory that cannot be made
+            enable_async_checkpointing=False,
+        )
+        with _silent():
+            handler = ocp.PyTreeCheckpointHandler(
+                use_zarr3=True, use_ocdbt=True, type_handler_registry=registry
+            )
+            self._manager = ocp.CheckpointManager(
+                directory, item_handlers={ITEM: handler}, options=options
+            )
+
+    def save(self, step: int, tree: Mapping[str, Any], custom: Mapping[str, Any]) -> None:
+        """Writes nested dicts of Shard, int and str leaves; committed when it returns."""
+        items = {ITEM: ocp.args.PyTreeSave(dict(tree), custom_metadata=dict(custom))}
+        with _silent():
+            if not self._manager.save(step, args=ocp.args.Composite(**items), force=True):
+                raise RuntimeError(f"orbax declined to save step {step}")
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        with _silent():
+            self._manager.close()
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Orbax logs every failure several times, with tracebacks, and raises it; once is enough."""
+    logger = logging.getLogger("absl")
+
+    def by_others(record: logging.LogRecord) -> bool:
+        return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+    logger.addFilter(by_others)
+    try:
+        yield
+    finally:
+        logger.removeFilter(by_others)

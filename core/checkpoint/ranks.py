@@ -1,0 +1,63 @@
+"""The processes that save and restore together, and how they agree."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from attrs import frozen
+from omnistep.core.checkpoint.shards import CheckpointError
+
+
+@frozen
+class Ranks:
+    """This process among the others; `group` is None when it is alone."""
+
+    rank: int
+    size: int
+    group: Any
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, group=self.group, group_src=0)
+        return box[0]
+
+    def together(self, action: Callable[[], None]) -> None:
+        """Runs `action` on every rank; if it fails on one, raises CheckpointError on all."""
+        failure: Exception | None = None
+        try:
+            action()
+        except Exception as error:
+            failure = error
+        mine = None if failure is None else str(failure) or type(failure).__name__
+        reasons = [(rank, text) for rank, text in enumerate(self._gather(mine)) if text is not None]
+        if not reasons:
+            return
+        rank, text = reasons[0]
+        where = f"rank {rank}: " if self.size > 1 else ""
+        others = f" (and {len(reasons) - 1} more ranks failed)" if len(reasons) > 1 else ""
+        raise CheckpointError(where + text + others) from failure
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def close(self) -> None:
+        if self.group is not None and dist.is_initialized():
+            dist.destroy_process_group(self.group)
+
+
+def all_ranks() -> Ranks:
+    """All of the initialised process group, on a gloo group of its own; without one, one rank.
+
+    The group is the caller's alone, so that a background thread may use it beside the step's
+    collectives. Collective where torch.distributed is initialised.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return Ranks(0, 1, None)
+    return Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))

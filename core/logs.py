@@ -1,0 +1,346 @@
+"""What a run tells the world: metrics.jsonl, a progress bar, wandb, a picture of the loss.
+
+Everything here takes plain floats by name. These names are shown on the bar: loss,
+tokens_per_second, mfu, eta_seconds, data_wait_share; the plot knows loss, lr and eval_loss.
+"""
+
+import json
+import math
+import netrc
+import os
+import queue
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from attrs import define, field, frozen
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+Metrics = Mapping[str, float]
+METRICS_FILE = "metrics.jsonl"
+
+
+@define
+class Logger:
+    """One per run, on its first rank; `log` once a step, `close` (or leave `with`) at the end.
+
+    `resumed_step`: the updates the restored state had done; later steps in metrics.jsonl are
+    of a run that was cut off, will be done again, and are dropped. On a terminal there is a
+    bar, elsewhere a line every `interval` seconds.
+    """
+
+    output_dir: Path
+    total_steps: int
+    resumed_step: int = 0
+    interval: float = 5.0
+    console: Console = field(factory=Console)
+    _bar: "_Bar | None" = field(default=None, init=False)
+    _said: float = field(default=-math.inf, init=False)
+    _file: Any = field(default=None, init=False)
+    wandb: "Wandb | None" = field(default=None, init=False)
+    """Set by whoever wants one: `logger.wandb = Wandb(config, logger.say)`."""
+
+    def __attrs_post_init__(self) -> None:
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        path = self.output_dir / METRICS_FILE
+        drop_steps_after(path, self.resumed_step)
+        self._file = path.open("a", encoding="utf-8")
+        if self.console.is_terminal:
+            self._bar = _Bar(self.console, self.total_steps, self.resumed_step)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Records what step `step` (1 is the run's first) measured."""
+        self._file.write(json.dumps({"step": step, **_finite(metrics)}) + "\n")
+        self._file.flush()
+        if self.wandb is not None:
+            self.wandb.log(step, metrics)
+        line, now = status(metrics), time.monotonic()
+        if self._bar is not None:
+            self._bar.show(step, line)
+        elif line and (now - self._said >= self.interval or step >= self.total_steps):
+            self._said = now
+            self.console.print(f"step {step}/{self.total_steps}  {line}", **_PLAIN)
+
+    def say(self, text: str) -> None:
+        """A line for whoever watches; a bar stays below it."""
+        self.console.print(text, **_PLAIN)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        self._file.close()
+        if self.wandb is not None:
+            self.wandb.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+_PLAIN: Any = {"markup": False, "highlight": False, "soft_wrap": True}
+
+
+def status(metrics: Metrics) -> str:
+    """`loss 2.3456 · 12.3k tokens/s · MFU 45.1% · ETA 0:12:34 · data wait 1.2%`, what is there."""
+    shown = {
+        "loss": lambda x: f"loss {x:.4f}",
+        "eval_loss": lambda x: f"eval loss {x:.4f}",
+        "tokens_per_second": lambda x: f"{_short(x)} tokens/s",
+        "mfu": lambda x: f"MFU {x:.1%}",
+        "eta_seconds": lambda x: f"ETA {_clock(x)}",
+        "data_wait_share": lambda x: f"data wait {x:.1%}",
+    }
+    return " · ".join(text(metrics[name]) for name, text in shown.items() if name in metrics)
+
+
+def _short(x: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if x >= size:
+            return f"{x / size:.1f}{unit}"
+    return f"{x:.0f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+class _Bar:
+    """rich's progress bar with our figures behind it."""
+
+    def __init__(self, console: Console, total: int, done: int) -> None:
+        columns = BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}")
+        self._progress = Progress(*columns, console=console, refresh_per_second=4)
+        self._task = self._progress.add_task("", total=total, completed=done)
+        self._progress.start()
+
+    def show(self, step: int, line: str) -> None:
+        self._progress.update(self._task, completed=step, description=line)
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+
+# ---- metrics.jsonl
+
+
+def drop_steps_after(path: Path, step: int) -> None:
+    """Keeps the lines up to `step`; also drops a line that a killed run left unfinished."""
+    if not path.exists():
+        return
+    kept = "".join(json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step)
+    if kept == path.read_text(encoding="utf-8"):
+        return
+    # replaced, not rewritten: whoever kills us meanwhile finds the old file or the new one
+    draft = path.with_suffix(".tmp")
+    draft.write_text(kept, encoding="utf-8")
+    os.replace(draft, path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl in order; a value that was not finite reads None."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def _finite(metrics: Metrics) -> dict[str, float | None]:
+    """JSON has no NaN and no infinity: null stands for them."""
+    return {name: x if math.isfinite(x) else None for name, x in metrics.items()}
+
+
+# ---- wandb
+
+
+@frozen
+class WandbConfig:
+    project: str
+    name: str | None
+    directory: Path
+    config: Mapping[str, Any]
+    """The run's resolved configuration, shown on its page."""
+    timeout: float = 60.0
+    """Seconds `close` waits at most for what is still to be sent."""
+
+
+class Wandb:
+    """A wandb run that lives on its own thread, so that nothing of it can hold up training.
+
+    Importing wandb (a second), starting and sending happen there. Without a key or a network
+    the run is recorded offline; whatever else goes wrong turns it off; either way one line
+    says so through `say`. A run that resumes in the same directory continues the same run.
+    """
+
+    _CAPACITY = 100_000  # steps that may wait for a slow start before the rest is left out
+
+    def __init__(self, config: WandbConfig, say: Callable[[str], None]) -> None:
+        self._config, self._say = config, say
+        self._queue: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(self._CAPACITY)
+        self._off = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="wandb", daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        if self._off.is_set():
+            return
+        try:
+            self._queue.put_nowait((step, dict(metrics)))
+        except queue.Full:
+            self._turn_off(f"has not taken {self._CAPACITY} steps")
+
+    def close(self) -> None:
+        """Ends the run; gives up, saying so, after the configured timeout."""
+        if self._off.is_set():
+            return
+        self._queue.put(None)
+        self._thread.join(self._config.timeout)
+        if self._thread.is_alive():
+            self._turn_off(f"did not finish within {self._config.timeout:.0f} s")
+
+    def _run(self) -> None:
+        try:
+            run = self._start()
+            while (item := self._queue.get()) is not None and not self._off.is_set():
+                step, metrics = item
+                run.log(metrics, step=step)
+            run.finish()
+        except BaseException as error:  # wandb raises SystemExit and KeyboardInterrupt too
+            self._turn_off(f"failed ({type(error).__name__}: {error})")
+
+    def _start(self) -> Any:
+        mode = os.environ.get("WANDB_MODE")
+        if mode is None:
+            reason = offline_reason()
+            mode = "offline" if reason else "online"
+            if reason:
+                where = self._config.directory / "wandb"
+                self._say(f"wandb: {reason}, so the run is recorded offline under {where}")
+        import wandb
+
+        self._config.directory.mkdir(parents=True, exist_ok=True)
+        return wandb.init(
+            project=self._config.project,
+            name=self._config.name,
+            dir=str(self._config.directory),
+            config=dict(self._config.config),
+            id=_run_id(self._config.directory),
+            resume="allow" if mode == "online" else None,
+            mode=mode,  # pyright: ignore[reportArgumentType]
+            settings=wandb.Settings(silent=True, console="off", x_disable_stats=mode != "online"),
+        )
+
+    def _turn_off(self, why: str) -> None:
+        if not self._off.is_set():
+            self._off.set()
+            self._say(f"wandb {why} and is turned off; training goes on without it")
+
+
+def offline_reason(timeout: float = 3.0) -> str | None:
+    """Why wandb's server cannot be used, in words; None where it can."""
+    url = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    host = url.hostname or "api.wandb.ai"
+    if not os.environ.get("WANDB_API_KEY") and not _netrc_knows(host):
+        return "no API key (WANDB_API_KEY or `wandb login`)"
+    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
+        return None  # only the proxy can tell
+    try:
+        port = url.port or (80 if url.scheme == "http" else 443)
+        socket.create_connection((host, port), timeout).close()
+    except OSError as error:
+        return f"no connection to {host} ({error})"
+    return None
+
+
+def _netrc_knows(host: str) -> bool:
+    paths = [os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc"]
+    for path in paths:
+        try:
+            if path and netrc.netrc(path).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+def _run_id(directory: Path) -> str:
+    path = directory / "wandb_id"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
+
+
+# ---- the picture
+
+
+def plot_losses(metrics_jsonl: Path, png_path: Path) -> None:
+    """Draws a run: the loss of each step and smoothed, held-out losses, the learning rate below.
+
+    The smoothed line is a centred mean over about 1/15 of the steps.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
+
+    rows = read_metrics(metrics_jsonl)
+    figure, (top, bottom) = pyplot.subplots(
+        2, 1, sharex=True, figsize=(9, 6), height_ratios=[3, 1], layout="constrained"
+    )
+    steps, losses = _series(rows, "loss")
+    top.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="loss")
+    top.plot(steps, _smooth(losses, len(losses) // 30), color="tab:blue", label="smoothed")
+    if any("eval_loss" in row for row in rows):
+        top.plot(*_series(rows, "eval_loss"), "o-", color="tab:red", markersize=4, label="held-out")
+    bottom.plot(*_series(rows, "lr"), color="tab:gray")
+    bottom.set(xlabel="step", ylabel="learning rate")
+    bottom.ticklabel_format(axis="y", style="scientific", scilimits=(0, 0))
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    top.set(ylabel="loss")
+    top.legend(frameon=False)
+    for axes in (top, bottom):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(png_path, dpi=150)
+    pyplot.close(figure)
+
+
+def _series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the rows that have the name; NaN, a gap in the line, for None."""
+    pairs = [(r["step"], math.nan if r[name] is None else r[name]) for r in rows if name in r]
+    return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def _smooth(values: list[float], half: int) -> list[float]:
+    """The mean over `half` values to either side, as many as both sides have; NaN left out."""
+    sums, counts = [0.0], [0]
+    for x in values:
+        finite = math.isfinite(x)
+        sums.append(sums[-1] + (x if finite else 0.0))
+        counts.append(counts[-1] + finite)
+    reaches = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
+    spans = [(i - reach, i + reach + 1) for i, reach in enumerate(reaches)]
+    return [
+        (sums[b] - sums[a]) / (counts[b] - counts[a]) if counts[b] > counts[a] else math.nan
+        for a, b in spans
+    ]

@@ -1,0 +1,50 @@
+"""Messages to text by a tokenizer's own chat template, without importing transformers."""
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from omnistep.data.errors import DataError
+
+Message = Mapping[str, Any]
+
+
+def render(
+    template: str,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool,
+    special_tokens: Mapping[str, str] | None = None,
+) -> str:
+    """The conversation as one text, as transformers' apply_chat_template writes it.
+
+    `special_tokens` are the names templates use: bos_token, eos_token, ... Raises DataError when
+    the template can't be read or refuses the messages.
+    """
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    try:
+        return environment.from_string(template).render(
+            messages=list(messages),
+            add_generation_prompt=add_generation_prompt,
+            **(special_tokens or {}),
+        )
+    except jinja2.TemplateError as error:
+        raise DataError(f"the chat template does not take this conversation: {error}") from error
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)

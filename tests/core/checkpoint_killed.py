@@ -1,0 +1,56 @@
+"""Killed in the middle of a save. Usage: checkpoint_killed.py DIRECTORY FRACTION...
+
+For each fraction a forked child saves steps 1 and 2 in DIRECTORY/<i> and is killed (SIGKILL)
+when that fraction of the time of a save has passed in its third. One process imports jax once.
+"""
+
+import os
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import omnistep.core.checkpoint.catalogue  # noqa: F401  before the fork, while no backend exists
+import torch
+from omnistep.core.checkpoint import open_store
+from torch import Tensor
+
+
+def state_of(step: int) -> dict[str, Tensor | str | int]:
+    weights = torch.arange(6 << 20, dtype=torch.float32).reshape(3, -1) * step
+    return {"a": weights[0].clone(), "b": weights[1:].clone(), "position": f"{step}", "n": step}
+
+
+def child(directory: Path, ready: int) -> None:
+    store = open_store(directory)
+    states = [state_of(step) for step in range(4)]
+    began = 0.0
+    for step in (1, 2):
+        began = time.perf_counter()
+        store.save(step, states[step])
+        store.wait()
+    os.write(ready, f"{time.perf_counter() - began}\n".encode())
+    store.save(3, states[3])
+    store.wait()
+    time.sleep(60)  # killed in here at the latest
+
+
+def main(directory: Path, fractions: list[float]) -> None:
+    warnings.filterwarnings("ignore", "os.fork")
+    for index, fraction in enumerate(fractions):
+        reads, writes = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            child(directory / str(index), writes)
+            os._exit(1)
+        with os.fdopen(reads) as ready:
+            duration = float(ready.readline())
+        time.sleep(duration * fraction)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(writes)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), [float(text) for text in sys.argv[2:]])

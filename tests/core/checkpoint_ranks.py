@@ -1,0 +1,86 @@
+"""One rank of a store on two. Usage: checkpoint_ranks.py DIRECTORY RANK SIZE
+
+Saves DTensors in many placements, restores them in others, and fails on one rank on purpose.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import omnistep.core.checkpoint.orbax as orbax
+import pytest
+import torch
+import torch.distributed as dist
+from omnistep.core.checkpoint import CheckpointError, open_store
+from omnistep.core.tree import Tree
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+PLACEMENTS = {"rows": Shard(0), "columns": Shard(1), "whole": Replicate()}
+SHAPES = {"even": (4, 6), "uneven": (5, 3), "one": (1, 1), "large": (1026, 2050)}
+
+
+def whole_state(scale: int) -> dict[str, torch.Tensor]:
+    return {
+        f"{placement}_{shape}": torch.arange(n * m, dtype=torch.float32).reshape(n, m) * scale
+        for placement in PLACEMENTS
+        for shape, (n, m) in SHAPES.items()
+    }
+
+
+def placed(state: dict[str, torch.Tensor], mesh: DeviceMesh, shift: int = 0) -> Tree:
+    kinds = list(PLACEMENTS)
+    chosen = {n: kinds[(kinds.index(n.split("_")[0]) + shift) % len(kinds)] for n in state}
+    return {n: distribute_tensor(t, mesh, [PLACEMENTS[chosen[n]]]) for n, t in state.items()}
+
+
+def main(directory: Path, rank: int, size: int) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=size
+    )
+    mesh = init_device_mesh("cpu", (size,))
+    store = open_store(directory / "store")
+    assert store.latest() is None
+    saved = {"params": placed(whole_state(1), mesh), "plain": torch.arange(7), "data": "{}", "n": 3}
+    store.save(1, saved)
+    saved["params"]["rows_even"].to_local().zero_()
+    assert store.latest() == 1
+
+    abstract = {
+        "params": placed({n: torch.zeros_like(t) for n, t in whole_state(1).items()}, mesh, 1),
+        "plain": torch.empty(7, dtype=torch.int64, device="meta"),
+        "data": "",
+        "n": 0,
+    }
+    restored = store.restore(abstract)
+    for name, tensor in whole_state(1).items():
+        leaf = restored["params"][name]
+        assert isinstance(leaf, DTensor)
+        assert leaf.placements == abstract["params"][name].placements
+        assert torch.equal(leaf.full_tensor(), tensor), name
+    assert torch.equal(restored["plain"], torch.arange(7))
+    assert (restored["data"], restored["n"]) == ("{}", 3)
+
+    written = orbax.write_shards
+
+    def fails_on_one(*args: object) -> None:
+        if rank == 1:
+            raise OSError("no space left")
+        written(*args)  # pyright: ignore[reportArgumentType]
+
+    orbax.write_shards = fails_on_one
+    store.save(2, saved)
+    with pytest.raises(CheckpointError, match="rank 1: no space left"):
+        store.wait()
+    orbax.write_shards = written
+    assert store.latest() == 1
+    store.save(2, saved)
+    assert store.latest() == 2
+    assert (rank == 0) == ("jax" in sys.modules)
+    store.close()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
