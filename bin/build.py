@@ -207,7 +207,8 @@ def open_eval(args: Arguments, tokenizer: Tokenizer) -> Loader | None:
         text_keys=text_keys(args),
         drop_last=False,
     )
-    return make_loader(open_source(args.data.eval_path, text_keys(args)), tokenizer, config)
+    source = open_source(args.data.eval_path, text_keys(args), argument="data.eval_path")
+    return make_loader(source, tokenizer, config)
 
 
 def text_keys(args: Arguments) -> tuple[str, ...]:
@@ -248,7 +249,8 @@ def describe(args: Arguments, model: Model, data: Data, mesh: Mesh) -> str:
         "data": f"{args.data.train_path}: {data.samples} samples, "
         + (f"packed ({packing})" if packing else "padded"),
         "steps": f"{data.total_steps} of {tokens} tokens "
-        f"({train.micro_batch_size} × {args.data.max_seq_len}, accumulated {data.accumulate} times), "
+        f"({train.micro_batch_size} x {args.data.max_seq_len}, "
+        f"accumulated {data.accumulate} times), "
         f"{train.num_train_epochs} epoch(s) of {data.epoch_steps}",
         "output": train.output_dir,
     }

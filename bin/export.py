@@ -33,10 +33,12 @@ def export(directory: Path, model: Model, params: Tree, tokenizer: Tokenizer) ->
     config["dtype"] = dtype
     config.setdefault("eos_token_id", tokenizer.eos_id)
     _write_json(directory / "config.json", config)
-    source = Path(tokenizer.path).parent
+    source = Path(tokenizer.path)
     for name in TOKENIZER_FILES:
-        if (source / name).is_file() and not _same(source / name, directory / name):
-            shutil.copyfile(source / name, directory / name)
+        # tokenizer.path may be a file of any name
+        file = source if name == "tokenizer.json" else source.parent / name
+        if file.is_file() and not _same(file, directory / name):
+            shutil.copyfile(file, directory / name)
 
 
 def _same(a: Path, b: Path) -> bool:

@@ -2,8 +2,10 @@
 
 import gc
 import json
+import math
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,7 +15,7 @@ from typing import Any
 
 import attrs
 import torch
-from attrs import define, frozen
+from attrs import define, field, frozen
 from torch import Tensor
 
 from omnistep.bin import build
@@ -26,11 +28,18 @@ from omnistep.core.checkpoint.store import CheckpointStore, open_store
 from omnistep.core.config import TRAIN, Arguments, ConfigError
 from omnistep.core.config_help import help_text
 from omnistep.core.config_io import dump, load, wants_help
-from omnistep.core.logs import METRICS_FILE, Logger, Wandb, WandbConfig, plot_losses
+from omnistep.core.logs import (
+    METRICS_FILE,
+    Logger,
+    Wandb,
+    WandbConfig,
+    plot_losses,
+    read_metrics,
+)
 from omnistep.core.meters import Meter, peak_flops, rates, tick
 from omnistep.core.profile import ProfileConfig, Profiler
 from omnistep.core.step import TrainState, init_state, make_eval_step, make_train_step
-from omnistep.core.tree import Tree, tree_map
+from omnistep.core.tree import Tree, leaves_with_names, tree_map
 from omnistep.data.errors import DataError
 from omnistep.data.loader import Loader
 from omnistep.data.state import DataState
@@ -106,6 +115,7 @@ def run(args: Arguments, stop: "Stop") -> int:
     print(build.describe(args, model, data, mesh), flush=True)
 
     with ExitStack() as stack:
+        make_output_dir(output)
         store = open_store(output / "checkpoints", keep=train.keep_checkpoints or None)
         stack.callback(store.close)
         position = start(args, model, store, lambda: init_state(
@@ -113,8 +123,10 @@ def run(args: Arguments, stop: "Stop") -> int:
             optimizer,
             rng.name_key(rng.key(train.seed), "step"),
         ), mesh.device, optimizer)  # fmt: skip
-        output.mkdir(parents=True, exist_ok=True)
+        batches = data.loader.batches(position.data)  # refuses a checkpoint made with other data
         dump(args, output / "recipe.yaml")
+        if position.step == 0:
+            (output / METRICS_FILE).unlink(missing_ok=True)  # of a run that never saved
         logger = stack.enter_context(Logger(output, data.total_steps, position.step))
         if train.use_wandb:
             config = attrs.asdict(args)
@@ -125,15 +137,20 @@ def run(args: Arguments, stop: "Stop") -> int:
         meter = _Meters(data, model, peak_flops(mesh.device, dtype))
         key = rng.name_key(rng.key(train.seed, mesh.device), "eval")
 
+        evaluated = evaluations(output / METRICS_FILE)
+
         def evaluate(at: Position) -> None:
-            if held_out is not None:
+            if held_out is None:
+                return
+            if at.step not in evaluated:
                 loss = held_out_loss(eval_step, at.state.params, held_out, key, mesh.device)
                 logger.log(at.step, {"eval_loss": loss})
-                logger.say(f"step {at.step}: held-out loss {loss:.4f}")
+                evaluated[at.step] = loss
+            logger.say(f"step {at.step}: held-out loss {evaluated[at.step]:.4f}")
 
-        if position.step == 0:
+        # of a step that was saved, the evaluation may be missing: a kill came in between
+        if position.step == 0 or _due(position.step, train.eval_steps):
             evaluate(position)
-        batches = data.loader.batches(position.data)
         dispatched: _Dispatched | None = None
 
         while position.step < data.total_steps and not stop.asked:
@@ -200,9 +217,25 @@ def start(
     else:
         directory, step = build.checkpoint_place(path)
         source = open_store(directory)
+        step = source.latest() if step is None else step
+        if own is not None and (source.directory.resolve(), step) != (
+            store.directory.resolve(),
+            own,
+        ):
+            raise RunError(
+                f"{args.train.output_dir} holds a run's checkpoints, the last of step {own}; what "
+                f"follows {path} would be mixed up with them: choose another train.output_dir"
+            )
     weights = param.abstract(model.tree, build.param_dtype(args.train, model))
     abstract = init_state(weights, optimizer, rng.key(0, "meta"))
-    found = source.restore({"state": abstract, "data": "", "meters": ""}, step, device=device)
+    wanted = {"state": abstract, "data": "", "meters": ""}
+    if more := sorted(source.stored(step).keys() - leaves_with_names(wanted).keys()):
+        raise RunError(
+            f"the checkpoint {path} holds what this run has no place for: {', '.join(more[:8])}"
+            f"{', …' if len(more) > 8 else ''}. It is of another model or optimizer: set "
+            "model.config_path and train.optimizer as in the recipe.yaml of its run"
+        )
+    found = source.restore(wanted, step, device=device)
     position = Position(
         found["state"], DataState.from_json(json.loads(found["data"])), json.loads(found["meters"])
     )
@@ -225,7 +258,7 @@ class _Meters:
     data: Data
     model: Model
     peak: float | None
-    meter: Meter = Meter()
+    meter: Meter = field(factory=Meter)
 
     def read(self, step: int, tokens: float, batch: Batch, waited: float) -> dict[str, float]:
         cfg = self.model.cfg
@@ -246,6 +279,10 @@ def report(
     meters = {"tokens": position.meters["tokens"] + values["weight"], "skipped": skipped}
     speed = meter.read(done.step, values["weight"], done.batch, done.waited)
     logger.log(done.step, {**values, **speed, "tokens": meters["tokens"]})
+    if not meters["tokens"] and done.step >= min(most_skipped, meter.data.total_steps):
+        raise RunError(
+            f"{done.step} steps had no token to learn: the samples of data.train_path are empty"
+        )
     if skipped:
         logger.say(f"step {done.step}: the gradient is not finite; the update is skipped")
     if skipped >= most_skipped:
@@ -254,6 +291,25 @@ def report(
             "the run stops. Try a smaller train.lr, or go back to an earlier checkpoint"
         )
     return attrs.evolve(position, meters=meters)
+
+
+def evaluations(metrics: Path) -> dict[int, float]:
+    """The held-out losses that metrics.jsonl holds, by step."""
+    rows = [row for row in read_metrics(metrics) if "eval_loss" in row]
+    return {r["step"]: math.nan if r["eval_loss"] is None else r["eval_loss"] for r in rows}
+
+
+def make_output_dir(output: Path) -> None:
+    """Raises RunError where nothing can be written: now, not when the first checkpoint is due."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise RunError(
+            f"train.output_dir: nothing can be written to {output} ({error.strerror}); "
+            "choose another directory"
+        ) from None
 
 
 def held_out_loss(

@@ -9,8 +9,9 @@ Where the samples begin travels in one of two ways, which give the same numbers:
 import torch
 from attrs import frozen
 from jaxtyping import Float, Int
-from omnistep.core.tree import pytree
 from torch import Tensor
+
+from omnistep.core.tree import pytree
 
 
 @pytree

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from attrs import frozen
+
 from omnistep.core.config import (
     ARGUMENTS,
     SECTIONS,

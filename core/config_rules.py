@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
+
 from omnistep.core.config import (
     ARGUMENTS,
     TRAIN,

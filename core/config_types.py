@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import cattrs
 import yaml
+
 from omnistep.core.config import Argument, Names
 
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")

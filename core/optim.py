@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from attrs import frozen
 from jaxtyping import Float, Int
-from omnistep.core.tree import Tree, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch import Tensor
+
+from omnistep.core.tree import Tree, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 OptState = dict[str, Any]
 
@@ -65,10 +66,10 @@ def anyprecision_adamw(
 
     What rounding takes from a parameter is kept in a buffer of the parameter's dtype and added
     to its next change, so that changes below half a unit in the last place are not lost.
-    Method: Zamirai et al., "Revisiting BFloat16 Training" (arXiv:2010.06192), algorithm 4, as in
-    torchdistx's AnyPrecisionAdamW with all three buffers in bfloat16. Here weight decay goes
-    through the compensation too (there it is rounded away in bfloat16), and the arithmetic
-    between a read and a write is float32.
+    Method: Zamirai et al., "Revisiting BFloat16 Training" (arXiv:2010.06192), as in torchdistx's
+    AnyPrecisionAdamW with all three buffers in bfloat16. Here weight decay goes through the
+    compensation too (there it is rounded away in bfloat16), and the arithmetic between a read
+    and a write is float32. With b2 above 0.996 a bfloat16 second moment can no longer shrink.
     """
     return Optimizer(
         init=partial(_init, ("mu", "nu", "compensation")),

@@ -11,9 +11,11 @@ Words are unsigned; torch has few operators on uint32, so keys and bits travel a
 [0, 2**32), and the hash runs on int32, whose addition wraps in the same way.
 """
 
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -25,9 +27,11 @@ Shape = tuple[int, ...]
 
 _WORD = 0xFFFFFFFF
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-# Eager code works through a tensor in pieces: on a CPU small enough for the temporaries to
-# stay in cache (elements per thread), on a GPU large enough to fill it.
-_CPU_PIECE = 1 << 17
+# Eager code works through a tensor in pieces. On a CPU they are so small that the temporaries
+# stay in cache and torch runs an operation on one thread; threads of our own take a piece each.
+# (With a hundred short parallel loops per piece instead, a busy machine is 10 times slower:
+# the loops wait for each other's threads.) On a GPU they only bound the temporaries' memory.
+_CPU_PIECE = 1 << 15
 _GPU_PIECE = 1 << 24
 
 
@@ -39,7 +43,7 @@ class Block(NamedTuple):
 
 
 def key(seed: int | Tensor, device: torch.device | str | None = None) -> Key:
-    """The key of a seed of at most 64 bits, as jax.random.key gives it with 64-bit types on."""
+    """The key of a seed of at most 64 bits, as jax.random.key gives it with x64 enabled."""
     seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
     return torch.stack([seed >> 32, seed]) & _WORD
 
@@ -148,19 +152,32 @@ def _fill(
     """`value(high, low)` of the hash of each element's global index, piece by piece in eager."""
     block = block or Block((0,) * len(shape), tuple(shape))
     whole, merged = _collapse(tuple(shape), block)
-    if torch.compiler.is_compiling():  # one piece: the compiler fuses it all into one kernel
-        index = _index(whole, merged, key.device)
-        return value(*_hash(key, index)).to(dtype).reshape(block.shape)
-    out = torch.empty(block.shape, dtype=dtype, device=key.device)
-    flat, filled = out.view(-1), 0
-    on_cpu = key.device.type == "cpu"
-    limit = _CPU_PIECE * torch.get_num_threads() if on_cpu else _GPU_PIECE
-    if key.device.type != "meta":
-        for piece in _pieces(merged, limit):
-            n = math.prod(piece.shape)
-            index = _index(whole, piece, key.device)
-            flat[filled : filled + n].copy_(value(*_hash(key, index)).view(-1))
-            filled += n
+    device = key.device
+
+    def make(piece: Block) -> Tensor:
+        return value(*_hash(key, _index(whole, piece, device)))
+
+    if torch.compiler.is_compiling() or type(key) is not Tensor:
+        return make(merged).to(dtype).reshape(block.shape)  # traced: whole, for one fused kernel
+    out = torch.empty(block.shape, dtype=dtype, device=device)
+    if device.type == "meta":
+        return out
+    flat, inference = out.view(-1), torch.is_inference_mode_enabled()
+
+    def fill(start: int, piece: Block) -> None:
+        with torch.inference_mode(inference):  # a thread does not inherit the mode
+            flat[start : start + math.prod(piece.shape)].copy_(make(piece).view(-1))
+
+    on_cpu = device.type == "cpu"
+    pieces = list(_pieces(merged, _CPU_PIECE if on_cpu else _GPU_PIECE))
+    starts = itertools.accumulate((math.prod(piece.shape) for piece in pieces), initial=0)
+    workers = torch.get_num_threads() if on_cpu and len(pieces) > 1 else 1
+    if workers == 1:
+        for start, piece in zip(starts, pieces, strict=False):
+            fill(start, piece)
+    else:
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(fill, starts, pieces))
     return out
 
 

@@ -1,7 +1,8 @@
 """The dense decoder: Llama, Qwen2, Qwen3, Mistral and Seed-OSS are settings of it.
 
-`Config` says what is computed, `params` what is learned, `make_hidden_states`, `make_logits`
-and `make_loss` return the functions that compute it. The layers' weights are stacked: one leaf [layers, ...] per weight.
+`Config` says what is computed, `params` what is learned, `make_hidden_states`, `make_logits` and
+`make_loss` return the functions that compute it. The layers' weights are stacked: one leaf
+[layers, ...] per weight.
 """
 
 from collections.abc import Callable, Mapping

@@ -14,8 +14,9 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import orbax.checkpoint as ocp
-from omnistep.core.checkpoint.shards import Shard
 from orbax.checkpoint import future, type_handlers
+
+from omnistep.core.checkpoint.shards import Shard
 
 ITEM = "state"
 """The one item of every step; its directory holds the arrays."""

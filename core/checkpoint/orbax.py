@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from omnistep.core.checkpoint.ranks import Ranks, all_ranks
 from omnistep.core.checkpoint.shards import (
     CheckpointError,
@@ -27,7 +29,6 @@ from omnistep.core.checkpoint.shards import (
 )
 from omnistep.core.checkpoint.stored import open_stored, text_checksums
 from omnistep.core.tree import Tree, leaves_with_names, map_with_name
-from torch import Tensor
 
 
 class OrbaxStore:

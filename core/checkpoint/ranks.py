@@ -5,6 +5,7 @@ from typing import Any
 
 import torch.distributed as dist
 from attrs import frozen
+
 from omnistep.core.checkpoint.shards import CheckpointError
 
 

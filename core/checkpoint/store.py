@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+
 from omnistep.core.checkpoint.orbax import OrbaxStore
 from omnistep.core.tree import Tree
 

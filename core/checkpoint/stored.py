@@ -14,6 +14,8 @@ from typing import Any
 import tensorstore as ts
 import torch
 from attrs import frozen
+from torch import Tensor
+
 from omnistep.core.checkpoint.shards import (
     CheckpointError,
     as_dtensor,
@@ -22,7 +24,6 @@ from omnistep.core.checkpoint.shards import (
     read_array,
     torch_dtype,
 )
-from torch import Tensor
 
 LEAVES_IN_FLIGHT = 4
 """How many leaves are read at once: bounds the memory beyond the restored state itself."""

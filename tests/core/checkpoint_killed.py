@@ -11,10 +11,11 @@ import time
 import warnings
 from pathlib import Path
 
-import omnistep.core.checkpoint.catalogue  # noqa: F401  before the fork, while no backend exists
 import torch
-from omnistep.core.checkpoint import open_store
 from torch import Tensor
+
+import omnistep.core.checkpoint.catalogue  # noqa: F401  before the fork, while no backend exists
+from omnistep.core.checkpoint import open_store
 
 
 def state_of(step: int) -> dict[str, Tensor | str | int]:

@@ -7,14 +7,15 @@ import os
 import sys
 from pathlib import Path
 
-import omnistep.core.checkpoint.orbax as orbax
 import pytest
 import torch
 import torch.distributed as dist
-from omnistep.core.checkpoint import CheckpointError, open_store
-from omnistep.core.tree import Tree
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import omnistep.core.checkpoint.orbax as orbax
+from omnistep.core.checkpoint import CheckpointError, open_store
+from omnistep.core.tree import Tree
 
 PLACEMENTS = {"rows": Shard(0), "columns": Shard(1), "whole": Replicate()}
 SHAPES = {"even": (4, 6), "uneven": (5, 3), "one": (1, 1), "large": (1026, 2050)}

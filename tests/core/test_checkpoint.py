@@ -10,17 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import attrs
-import omnistep.core.checkpoint.orbax as orbax
 import pytest
 import torch
 from checkpoint_killed import state_of
 from checkpoint_ranks import whole_state
 from hypothesis import given, settings
 from hypothesis import strategies as some
+from torch import Tensor
+
+import omnistep.core.checkpoint.orbax as orbax
 from omnistep.core.checkpoint import CheckpointError, OrbaxStore, open_store
 from omnistep.core.checkpoint.shards import chunk_shape, shard_offsets
 from omnistep.core.tree import Tree, leaves_with_names, pytree, tree_map
-from torch import Tensor
 
 HERE = Path(__file__).parent
 DTYPES = [

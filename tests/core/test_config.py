@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import attrs
 import pytest
+
 from omnistep.core.config import (
     ARGUMENTS,
     SAMPLE,

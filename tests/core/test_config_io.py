@@ -9,6 +9,7 @@ import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from omnistep.core.config import (
     ARGUMENTS,
     SECTIONS,

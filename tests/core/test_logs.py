@@ -8,9 +8,10 @@ import threading
 import types
 
 import pytest
+from rich.console import Console
+
 from omnistep.core import logs
 from omnistep.core.logs import Logger, Wandb, WandbConfig, plot_losses, read_metrics, status
-from rich.console import Console
 
 METRICS = {
     "loss": 2.5,

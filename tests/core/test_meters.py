@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from omnistep.core.meters import Meter, gpu_peak_flops, peak_flops, rates, tick
 
 

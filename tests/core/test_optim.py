@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
+
 from omnistep.core.optim import adamw, anyprecision_adamw
 from omnistep.core.tree import tree_leaves, tree_map
-from torch import Tensor
 
 SHAPES = {"embed": (33, 8), "block": {"w": (3, 8, 5), "norm": (8,)}, "scale": ()}
 DECAY = {"embed": True, "block": {"w": True, "norm": False}, "scale": False}
@@ -67,8 +70,10 @@ def test_adamw_equals_torch(dtype, tolerance, compiled):
     params, grads = tree(dtype, 0), [tree(dtype, 1 + step) for step in range(STEPS)]
     optimizer = adamw(weight_decay=0.1, decay_mask=DECAY)
     torch._dynamo.reset()
+    counters.clear()
     update = torch.compile(optimizer.update, fullgraph=True) if compiled else None
     ours, opt_state = run(optimizer, params, grads, update)
+    assert counters["stats"]["unique_graphs"] == compiled  # one graph for all steps
     assert error(ours, torch_adamw(params, grads, 0.1)) < tolerance
     assert opt_state["count"].item() == STEPS
 
@@ -158,8 +163,6 @@ def test_compiled_update_is_one_loop_per_leaf():
     grads, optimizer = tree_map(torch.randn_like, params), adamw(weight_decay=0.1)
     arguments = (grads, optimizer.init(params), params, torch.tensor(1e-3))
     torch._dynamo.reset()
-    from torch._inductor.utils import run_and_get_code
-
     _, (code, *_) = run_and_get_code(torch.compile(optimizer.update, fullgraph=True), *arguments)
     assert code.count("for(int64_t") <= 2 * len(params)  # a loop per leaf, and perhaps its tail
     assert code.count("std::pow(") == 2

@@ -5,8 +5,9 @@ import json
 
 import pytest
 import torch
-from omnistep.core.profile import ProfileConfig, Profiler
 from torch.profiler import record_function
+
+from omnistep.core.profile import ProfileConfig, Profiler
 
 
 def trace_of(tmp_path, steps: range, **config):

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+
 from omnistep.core import rng
 from omnistep.core.rng import Block
 
@@ -20,8 +21,9 @@ def ulps(a: np.ndarray, b: np.ndarray) -> int:
 
 @pytest.fixture
 def pieces(monkeypatch):
-    """Pieces so small that every test has many."""
-    monkeypatch.setattr(rng, "_CPU_PIECE", 37)
+    """Pieces so small that most tests have many, shared by three threads."""
+    monkeypatch.setattr(rng, "_CPU_PIECE", 251)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
 
 
 @pytest.mark.parametrize("seed", [0, 42, 2**31 + 7, 2**40 + 3, -1])
@@ -105,12 +107,23 @@ def test_a_block_is_the_slice_of_the_whole(shape, offset, size, dtype, pieces):
         assert torch.equal(sample(key, shape, dtype, block=block), sample(key, shape, dtype)[where])
 
 
-def test_bits_do_not_depend_on_the_piece(monkeypatch):
+def test_bits_do_not_depend_on_pieces_and_threads(monkeypatch):
     key = rng.key(2)
     whole = rng.normal(key, (10_001,), torch.float64), rng.normal(key, (10_001,))
     monkeypatch.setattr(rng, "_CPU_PIECE", 101)
-    again = rng.normal(key, (10_001,), torch.float64), rng.normal(key, (10_001,))
-    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        with torch.inference_mode():
+            again = rng.normal(key, (10_001,), torch.float64), rng.normal(key, (10_001,))
+        assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+
+
+def test_fake_tensors_pass_through():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x = rng.normal(rng.fold_in(rng.key(1), 2), (1 << 20, 1 << 12))
+    assert x.shape == (1 << 20, 1 << 12)
 
 
 def test_beyond_two_to_the_32_elements():

@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from omnistep.core.checkpoint.safetensors import (
     DTYPES,
     INDEX,
@@ -14,9 +18,6 @@ from omnistep.core.checkpoint.safetensors import (
     read_index,
     write_weights,
 )
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 
 def example(seed: int = 0) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from omnistep.core.schedule import STYLES, learning_rate, make_schedule
 
 LR, LR_MIN = 3e-4, 2e-5

@@ -41,7 +41,7 @@ def test_greedy_equals_transformers(case, compile):
     generate = make_generate(cfg, weights, GREEDY, dtype=torch.float32, compile=compile)
     together = collect(generate, PROMPTS, 20)
     for prompt, ours in zip(PROMPTS, together, strict=True):
-        theirs = model.generate(
+        theirs = model.generate(  # pyright: ignore[reportCallIssue]
             torch.tensor([prompt]),
             max_new_tokens=20,
             do_sample=False,

@@ -1,0 +1,119 @@
+"""Causal attention within the samples of packed rows: one function, a kernel for each device.
+
+A token sees itself and what came before it in its own sample, at most `window` tokens in all. Where
+samples begin is a tensor (`omnistep.core.batch.segment_starts`), so one compiled step serves every
+packing. Key/value heads may be fewer than query heads and are never repeated in memory.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from omnistep.models.attention_cpu import attention_cpu
+from omnistep.models.attention_cuda import attention_cuda
+
+SAVED_OPS = frozenset(
+    {
+        torch.ops.omnistep.attention_cpu.default,
+        torch.ops.torch_attn._varlen_attn.default,
+        torch.ops.higher_order.flex_attention,
+    }
+)
+"""What a checkpointing policy should save rather than compute a second time."""
+
+
+def attention(
+    q: Float[Tensor, "rows seq heads head_dim"],
+    k: Float[Tensor, "rows seq kv_heads head_dim"],
+    v: Float[Tensor, "rows seq kv_heads head_dim"],
+    starts: Int[Tensor, "rows seq"],
+    *,
+    scale: float,
+    window: int | None,
+    max_samples: int | None = None,
+) -> Float[Tensor, "rows seq heads head_dim"]:
+    """softmax(scale q k^T) v, token i over tokens max(starts[i], i - window + 1) .. i of its row.
+
+    Args:
+        starts: int32; for each token the index in its row at which its sample begins.
+        scale: usually head_dim ** -0.5.
+        window: how many tokens a token sees, itself included; None for its whole sample.
+        max_samples: a bound on the samples of a row (a run of padding counts as one), where one is
+            known. It lets half-precision CUDA tensors use varlen_attn, whose cost grows with it;
+            without it they use flex_attention. No meaning on other devices.
+
+    Raises:
+        ValueError: shapes, dtypes or the window do not fit together; on CPU also where `starts` is
+            not the start of any sample.
+    """
+    _check(q, k, v, starts, window)
+    if q.device.type == "cuda":
+        return attention_cuda(q, k, v, starts, scale=scale, window=window, max_samples=max_samples)
+    return attention_cpu(q, k, v, starts, scale, window)[0]
+
+
+def decode_attention(
+    q: Float[Tensor, "rows 1 heads head_dim"],
+    k_cache: Float[Tensor, "rows max_len kv_heads head_dim"],
+    v_cache: Float[Tensor, "rows max_len kv_heads head_dim"],
+    first: Int[Tensor, "rows"],
+    last: Int[Tensor, ""] | Int[Tensor, "rows"],
+    *,
+    scale: float,
+    window: int | None,
+) -> Float[Tensor, "rows 1 heads head_dim"]:
+    """One new token's attention over a cache of static length, for generation.
+
+    Sees the entries max(first, last - window + 1) .. last. Plain operators with static shapes: one
+    compiled graph serves every step, on every device. Entries outside may hold anything finite.
+
+    Args:
+        first: index of each row's first valid entry (rows padded on the left begin late).
+        last: index of the newest entry, the token's own, for all rows or for each.
+    """
+    rows, one, heads, head_dim = q.shape
+    _, max_len, kv_heads, _ = k_cache.shape
+    if one != 1 or heads % kv_heads:
+        raise ValueError(
+            f"decode_attention takes one query per row and a multiple of {kv_heads} heads; "
+            f"q is {tuple(q.shape)}"
+        )
+    index = torch.arange(max_len, device=q.device)
+    newest = last.expand(rows)[:, None]
+    oldest = first[:, None]
+    if window is not None:
+        oldest = torch.maximum(oldest, newest - (window - 1))
+    seen = (index >= oldest) & (index <= newest)
+    # The group of query heads that share a key/value head takes the place of the query sequence:
+    # nothing is repeated, and the caches are read where they lie.
+    grouped = q.reshape(rows, kv_heads, heads // kv_heads, head_dim)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        grouped,
+        k_cache.transpose(1, 2),
+        v_cache.transpose(1, 2),
+        attn_mask=seen[:, None, None].expand(-1, -1, heads // kv_heads, -1),
+        scale=scale,
+    )
+    return out.reshape(rows, 1, heads, head_dim)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, window: int | None) -> None:
+    rows, seq, heads, head_dim = q.shape
+    if k.shape != v.shape or k.shape[:2] != (rows, seq) or k.shape[3] != head_dim:
+        raise ValueError(
+            f"k {tuple(k.shape)} and v {tuple(v.shape)} must both be [{rows}, {seq}, kv_heads, "
+            f"{head_dim}] for q {tuple(q.shape)}"
+        )
+    if heads % k.shape[2]:
+        raise ValueError(f"{heads} query heads are not a multiple of {k.shape[2]} key/value heads")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(
+            f"q, k and v must have one floating dtype; they have {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if starts.shape != (rows, seq) or starts.dtype != torch.int32:
+        raise ValueError(
+            f"starts must be int32 [{rows}, {seq}], as segment_starts makes it; it is "
+            f"{starts.dtype} {tuple(starts.shape)}"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; it must be at least 1, or None for no window")

@@ -1,0 +1,354 @@
+"""Attention on CPU: two operators over the kernel of attention_cpu.cpp.
+
+`omnistep::attention_cpu` and `omnistep::attention_cpu_backward` are opaque to torch.compile and to
+checkpointing policies: `torch.ops.omnistep.attention_cpu.default` is the name to save or recompute.
+The kernel is compiled on first use, for this machine, and kept in a cache directory. Without a C++
+compiler the same operators run on torch's own attention, sample by sample.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from jaxtyping import Float, Int
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("attention_cpu.cpp")
+log = logging.getLogger(__name__)
+
+
+def cache_directory() -> Path:
+    """Where the compiled kernel is kept: beside inductor's cache if that was given a place."""
+    chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if chosen:
+        return Path(chosen) / "omnistep"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "omnistep"
+
+
+def _compiler() -> str | None:
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+def _processor() -> str:
+    """What -march=native depends on: a cache may be shared by machines of different kinds."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.processor()
+    lines = cpuinfo.read_text().splitlines()
+    telling = ("model name", "flags", "CPU part", "CPU implementer", "Features")
+    return "\n".join(sorted({line for line in lines if line.startswith(telling)}))
+
+
+def compile_kernel(compiler: str, extra_flags: tuple[str, ...] = ()) -> Path:
+    """The shared library, from the cache or newly compiled (4 to 7 s on one core).
+
+    OpenMP's runtime is found by its soname, so the one torch has loaded is used and its threads
+    are shared. Raises subprocess.CalledProcessError with the compiler's messages in `stderr`.
+    """
+    arm = platform.machine() in ("aarch64", "arm64")
+    native = "-mcpu=native" if arm else "-march=native"
+    # No -ffast-math: exp2 relies on (x + c) - c and on NaN staying NaN.
+    flags = ["-std=c++17", "-O3", native, "-ffp-contract=fast", "-fno-math-errno"]
+    flags += ["-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", *extra_flags]
+    binary = Path(compiler).resolve()
+    identity = [SOURCE.read_text(), *flags, str(binary), str(binary.stat().st_mtime), _processor()]
+    key = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:20]
+    library = cache_directory() / f"attention_cpu_{key}.so"
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    # One rank compiles and the others wait; a rename, so that a killed one leaves no half file.
+    with (
+        FileLock(library.with_suffix(".lock")),
+        tempfile.TemporaryDirectory(dir=library.parent) as folder,
+    ):
+        if not library.exists():
+            built = Path(folder) / library.name
+            command = [compiler, *flags, str(SOURCE), "-o", str(built)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            os.replace(built, library)
+    return library
+
+
+@functools.cache
+def kernel() -> ctypes.CDLL | None:
+    """The compiled kernel, or None (said once) where it cannot be had."""
+    compiler = _compiler()
+    if compiler is None:
+        log.warning(
+            "no C++ compiler ($CXX, c++, g++, clang++): attention runs on torch's own CPU kernel, "
+            "about half as fast; install one, e.g. `apt install g++`"
+        )
+        return None
+    try:
+        return _declared(ctypes.CDLL(str(compile_kernel(compiler))))
+    except (subprocess.CalledProcessError, OSError) as error:
+        reason = getattr(error, "stderr", None) or error
+        log.warning("%s cannot build %s, torch's own is used: %s", compiler, SOURCE, reason)
+        return None
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    pointer = ctypes.c_void_p
+    operands = [pointer] * 6 + [ctypes.c_double, ctypes.c_int64]  # sizes q k v strides starts
+    for name in ("float", "double"):
+        for function, results in (("forward", 2), ("backward", 7)):
+            entry = getattr(library, f"attention_{function}_{name}")
+            entry.argtypes = [*operands, *[pointer] * results, ctypes.c_int]
+            entry.restype = ctypes.c_int64
+    return library
+
+
+def _numbers(*values: int) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the kernel's dtype and with a contiguous last axis; no copy where that already holds."""
+    x = x.to(dtype)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _compute_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _call(
+    library: ctypes.CDLL,
+    function: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    scale: float,
+    window: int | None,
+    *results: Tensor | ctypes.Array[ctypes.c_int64],
+) -> int:
+    """Calls an entry point; returns the number of scores it computed (whole tiles)."""
+    rows, seq, heads, head_dim = q.shape
+    starts = starts.contiguous()
+    name = "double" if q.dtype == torch.float64 else "float"
+    scores = getattr(library, f"attention_{function}_{name}")(
+        _numbers(rows, seq, heads, k.shape[2], head_dim),
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        _numbers(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
+        starts.data_ptr(),
+        scale,
+        seq if window is None else window,
+        *(result.data_ptr() if isinstance(result, Tensor) else result for result in results),
+        torch.get_num_threads(),
+    )
+    if scores < 0:
+        row, token = divmod(-1 - scores, seq)
+        raise ValueError(
+            f"starts[{row}] is {starts[row, : token + 1].tolist()[-3:]} up to token {token}: each "
+            "start must be the token's own index or the start of the token before it"
+        )
+    return scores
+
+
+def kernel_forward(
+    library: ctypes.CDLL,
+    q: Float[Tensor, "rows seq heads head_dim"],
+    k: Float[Tensor, "rows seq kv_heads head_dim"],
+    v: Float[Tensor, "rows seq kv_heads head_dim"],
+    starts: Int[Tensor, "rows seq"],
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, int]:
+    """Output, logsumexp [rows, heads, seq], and how many scores were computed."""
+    dtype = _compute_dtype(q)
+    rows, seq, heads, _ = q.shape
+    out = q.new_empty(q.shape, dtype=dtype)
+    lse = q.new_empty((rows, heads, seq), dtype=dtype)
+    q_, k_, v_ = (_readable(x, dtype) for x in (q, k, v))
+    scores = _call(library, "forward", q_, k_, v_, starts, scale, window, out, lse)
+    return out.to(q.dtype), lse, scores
+
+
+def kernel_backward(
+    library: ctypes.CDLL,
+    grad: Float[Tensor, "rows seq heads head_dim"],
+    q: Float[Tensor, "rows seq heads head_dim"],
+    k: Float[Tensor, "rows seq kv_heads head_dim"],
+    v: Float[Tensor, "rows seq kv_heads head_dim"],
+    out: Float[Tensor, "rows seq heads head_dim"],
+    lse: Float[Tensor, "rows heads seq"],
+    starts: Int[Tensor, "rows seq"],
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The gradients of q, k and v, and how many scores were computed."""
+    dtype = _compute_dtype(q)
+    grad = _readable(grad, dtype)
+    grads = [x.new_empty(x.shape, dtype=dtype) for x in (q, k, v)]
+    q_, k_, v_ = (_readable(x, dtype) for x in (q, k, v))
+    scores = _call(
+        library,
+        "backward",
+        q_,
+        k_,
+        v_,
+        starts,
+        scale,
+        window,
+        out.to(dtype).contiguous(),
+        lse.contiguous(),
+        grad,
+        _numbers(*grad.stride()[:3]),
+        *grads,
+    )
+    q_grad, k_grad, v_grad = (g.to(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
+    return q_grad, k_grad, v_grad, scores
+
+
+def torch_forward(
+    q: Float[Tensor, "rows seq heads head_dim"],
+    k: Float[Tensor, "rows seq kv_heads head_dim"],
+    v: Float[Tensor, "rows seq kv_heads head_dim"],
+    starts: Int[Tensor, "rows seq"],
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp from torch's own CPU attention, one sample at a time."""
+    rows, seq, heads, _ = q.shape
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((rows, heads, seq), dtype=_compute_dtype(q))
+    for row, first, last in _samples(starts):
+        part = (slice(row, row + 1), slice(first, last))
+        one_out, one_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q[part].transpose(1, 2),
+            *_repeated(heads, k[part], v[part]),
+            **_masking(q, last - first, window),
+            scale=scale,
+        )
+        out[part] = one_out.transpose(1, 2)
+        lse[row, :, first:last] = one_lse[0]
+    return out, lse
+
+
+def torch_backward(
+    grad: Float[Tensor, "rows seq heads head_dim"],
+    q: Float[Tensor, "rows seq heads head_dim"],
+    k: Float[Tensor, "rows seq kv_heads head_dim"],
+    v: Float[Tensor, "rows seq kv_heads head_dim"],
+    out: Float[Tensor, "rows seq heads head_dim"],
+    lse: Float[Tensor, "rows heads seq"],
+    starts: Int[Tensor, "rows seq"],
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v from torch's own CPU attention, one sample at a time."""
+    heads = q.shape[2]
+    grads = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+    for row, first, last in _samples(starts):
+        part = (slice(row, row + 1), slice(first, last))
+        masking = _masking(q, last - first, window)
+        q_grad, *of_heads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad[part].transpose(1, 2),
+            q[part].transpose(1, 2),
+            *_repeated(heads, k[part], v[part]),
+            out[part].transpose(1, 2),
+            # laid out [rows, seq, heads] in memory, which is how the forward pass returns it
+            lse[row : row + 1, :, first:last].transpose(1, 2).contiguous().transpose(1, 2),
+            0.0,
+            masking.pop("is_causal"),
+            **masking,
+            scale=scale,
+        )
+        grads[0][part] = q_grad.transpose(1, 2)
+        for whole, repeated in zip(grads[1:], of_heads, strict=True):
+            shared = repeated.unflatten(1, (k.shape[2], heads // k.shape[2])).sum(2)
+            whole[part] = shared.transpose(1, 2)
+    return grads
+
+
+def _samples(starts: Tensor) -> list[tuple[int, int, int]]:
+    """(row, first token, end) of every sample."""
+    found = []
+    for row, line in enumerate(starts.tolist()):
+        begins = [index for index, start in enumerate(line) if start == index]
+        found += [(row, *ends) for ends in zip(begins, [*begins[1:], len(line)], strict=True)]
+    return found
+
+
+def _repeated(heads: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """[rows, seq, kv_heads, head_dim] to [rows, heads, seq, head_dim]."""
+    return tuple(x.repeat_interleave(heads // x.shape[2], 2).transpose(1, 2) for x in tensors)
+
+
+def _masking(q: Tensor, length: int, window: int | None) -> dict:
+    if window is None or window >= length:
+        return {"is_causal": True, "attn_mask": None}
+    seen = q.new_ones((length, length), dtype=torch.bool).tril().triu(1 - window)
+    bias = q.new_zeros((length, length)).masked_fill(~seen, float("-inf"))
+    return {"is_causal": False, "attn_mask": bias}
+
+
+@torch.library.custom_op("omnistep::attention_cpu", mutates_args=(), device_types="cpu")
+def attention_cpu(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """See `omnistep.models.attention.attention`; also returns the logsumexp [rows, heads, seq]."""
+    library = kernel()
+    if library is None:
+        return torch_forward(q, k, v, starts, scale, window)
+    out, lse, _ = kernel_forward(library, q, k, v, starts, scale, window)
+    return out, lse
+
+
+@torch.library.custom_op("omnistep::attention_cpu_backward", mutates_args=(), device_types="cpu")
+def attention_cpu_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    starts: Tensor,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, contiguous."""
+    library = kernel()
+    if library is None:
+        return torch_backward(grad, q, k, v, out, lse, starts, scale, window)
+    return kernel_backward(library, grad, q, k, v, out, lse, starts, scale, window)[:3]
+
+
+@attention_cpu.register_fake
+def _(q, k, v, starts, scale, window):
+    rows, seq, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((rows, heads, seq), dtype=_compute_dtype(q))
+
+
+@attention_cpu_backward.register_fake
+def _(grad, q, k, v, out, lse, starts, scale, window):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, starts, ctx.scale, ctx.window = inputs
+    ctx.save_for_backward(q, k, v, *output, starts)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad, _):
+    q, k, v, out, lse, starts = ctx.saved_tensors
+    grads = attention_cpu_backward(grad, q, k, v, out, lse, starts, ctx.scale, ctx.window)
+    return *grads, None, None, None
+
+
+attention_cpu.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,177 @@
+"""Pretraining speed against what a user would pick instead, on one machine, in one run.
+
+    python tests/benchmarks/pretrain.py --litgpt-python .venv-litgpt/bin/python
+
+The common work: a Qwen3 of 8 layers, width 512, 8 heads and 4 key/value heads of 64, MLP 1408,
+vocabulary 8192, tied (27.8 M parameters), 4 x 512 tokens a step, AdamW, clipping at 1, fp32; the
+same initial weights and tokens for all. Three things are measured:
+
+- alone: start of the process to the end of the first step, with an empty and with a filled
+  compilation cache, and the peak of resident memory over some steps;
+- paired: all contestants wait at a gate and step in turn, A B C, C B A, ..., so that all see the
+  same machine; the ratio of two is the median over the rounds;
+- the machine's ceiling in matrix products of fp32, and each contestant's share of it.
+
+The HF Trainer needs `pip install accelerate`; litgpt lives in a virtual environment of its own
+(`pip install torch==2.13.0 litgpt==0.5.13`), since it pins older libraries.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+CONTESTANTS = {
+    "omnistep": ("work_omnistep.py",),
+    "plain torch.compile": ("work_hf.py", "--loop", "plain"),
+    "HF Trainer compiled": ("work_hf.py", "--loop", "trainer"),
+    "litgpt compiled": ("work_litgpt.py",),
+}
+
+
+def command(name: str, litgpt_python: str) -> list[str]:
+    script, *options = CONTESTANTS[name]
+    python = litgpt_python if name.startswith("litgpt") else sys.executable
+    return [python, str(HERE / script), *options]
+
+
+class Process:
+    """A contestant that makes one step for each line it is sent, and answers with a JSON line."""
+
+    def __init__(self, name: str, litgpt_python: str, cache: str, steps: int, threads: int):
+        self.name = name
+        self.started = time.time()
+        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
+        environment = {
+            **os.environ,
+            "TORCHINDUCTOR_CACHE_DIR": cache,
+            "OMP_NUM_THREADS": str(threads),
+            "HF_HUB_OFFLINE": "1",
+        }
+        self.process = subprocess.Popen(
+            [*command(name, litgpt_python), "--steps", str(steps)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=environment,
+        )
+
+    def step(self) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        self.log.seek(0)
+        sys.exit(f"{self.name} died:\n{self.log.read()[-3000:]}")
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def alone(name: str, options: argparse.Namespace) -> dict[str, float]:
+    """First step cold and warm, in seconds from the start of the process; peak memory in MB."""
+    with tempfile.TemporaryDirectory() as cache:
+        result = {}
+        for temperature in ("cold", "warm"):
+            process = Process(name, options.litgpt_python, cache, 8, options.threads)
+            process.step()
+            result[f"first_step_{temperature}_s"] = time.time() - process.started
+            for _ in range(4 if temperature == "warm" else 0):
+                result["peak_mb"] = process.step()["peak_mb"]
+            process.end()
+        return result
+
+
+def paired(names: list[str], options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    with tempfile.TemporaryDirectory() as cache:
+        total = options.warm + options.rounds
+        processes = []
+        for name in names:
+            process = Process(name, options.litgpt_python, cache, total + 1, options.threads)
+            for _ in range(options.warm):
+                process.step()
+            processes.append(process)
+        steps: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        for i in range(options.rounds):
+            for process in processes[:: 1 if i % 2 == 0 else -1]:
+                steps[process.name].append(process.step())
+        for process in processes:
+            process.end()
+        return steps
+
+
+def ceiling(threads: int, seconds: float = 4.0) -> float:
+    """GFLOP/s of the fastest of three square products in fp32."""
+    import torch
+
+    torch.set_num_threads(threads)
+    best = 0.0
+    for n in (1024, 2048, 4096):
+        a, b, c = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
+        end = time.perf_counter() + seconds / 3
+        while time.perf_counter() < end:
+            start = time.perf_counter()
+            torch.mm(a, b, out=c)
+            best = max(best, 2 * n**3 / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--litgpt-python", default="", help="python of litgpt's environment")
+    parser.add_argument("--only", default="", help="comma-separated contestants")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--warm", type=int, default=3, help="uncounted steps before the rounds")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--skip-alone", action="store_true")
+    parser.add_argument("--json", default="", help="write all figures here")
+    options = parser.parse_args()
+    names = [n for n in CONTESTANTS if not options.only or n in options.only.split(",")]
+    if not options.litgpt_python and "litgpt compiled" in names:
+        print("litgpt is left out: --litgpt-python names no environment")
+        names.remove("litgpt compiled")
+
+    from work import TOKENS, flops_per_step
+
+    top = ceiling(options.threads)
+    steps = paired(names, options)
+    first = {} if options.skip_alone else {name: alone(name, options) for name in names}
+    flops = flops_per_step()
+    print(f"sgemm ceiling {top:.0f} GFLOP/s with {options.threads} threads")
+    print(
+        f"{'':22}{'tokens/s':>9}{'ratio':>8}{'ceiling':>9}{'cold s':>8}{'warm s':>8}{'peak MB':>9}{'loss':>10}"
+    )
+    for name in names:
+        seconds = [step["seconds"] for step in steps[name]]
+        ours = [step["seconds"] for step in steps[names[0]]]
+        median = statistics.median(seconds)
+        ratio = statistics.median(a / b for a, b in zip(ours, seconds, strict=True))
+        one = first.get(name, {})
+        print(
+            f"{name:22}{TOKENS / median:10.0f}{ratio:10.3f}{flops / median / top / 1e9:10.1%}"
+            f"{one.get('first_step_cold_s', float('nan')):10.1f}"
+            f"{one.get('first_step_warm_s', float('nan')):10.1f}"
+            f"{one.get('peak_mb', float('nan')):10.0f}{steps[name][-1]['loss']:10.5f}"
+        )
+    print(f"ratio: tokens/s over those of {names[0]}, median over {options.rounds} paired rounds")
+    if options.json:
+        figures = {"ceiling_gflops": top, "steps": steps, "alone": first}
+        Path(options.json).write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""Runs that are killed, stopped and started again give the bits of a run that was not."""
+
+import itertools
+import random
+import shutil
+import signal
+import time
+
+import pytest
+
+from omnistep.bin import train
+from omnistep.core.logs import read_metrics
+from tests.bin.runs import (
+    PADDED,
+    call,
+    content,
+    losses,
+    saved_steps,
+    settings,
+    succeeded,
+    wait_until,
+    words,
+)
+
+STEPS = 40
+AUTO = "--train.load_checkpoint_path=auto"
+MODES = {"packed": {"data_train_size": 10_000, "train_bsz_warmup_ratio": 0.5}, "padded": PADDED}
+LONG = {name: m | {"train_max_steps": STEPS, "train_save_steps": 3} for name, m in MODES.items()}
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(files, tmp_path_factory):
+    """Losses by step of runs that nobody disturbs."""
+    found = {}
+    for name, changes in LONG.items():
+        output = tmp_path_factory.mktemp("uninterrupted") / name
+        succeeded(call(train.main, words(settings(files, output, **changes))))
+        found[name] = losses(output)
+        assert len(found[name]) == STEPS
+    return found
+
+
+@pytest.mark.parametrize(
+    ("mode", "workers", "seed"),
+    [("packed", 0, 1), ("packed", 1, 2), ("padded", 0, 3), ("padded", 1, 4)],
+)
+def test_a_killed_run_goes_on_bit_for_bit(
+    mode, workers, seed, files, tmp_path, zygote, uninterrupted
+):
+    """Killed at random: between steps, during saves, at the start; each start gets further."""
+    draw, output = random.Random(seed), tmp_path / "run"
+    argv = words(settings(files, output, **LONG[mode], data_num_workers=workers)) + [AUTO]
+    kills = 0
+    for goal in (1, 9, 22, 33):
+        run = zygote.start("train", argv)
+        metrics = output / "metrics.jsonl"
+        wait_until(lambda goal=goal, file=metrics: lines(file) >= goal)
+        if draw.random() < 0.5:  # while orbax writes: a step's name is temporary until then
+            wait_until(lambda: any(output.glob("checkpoints/*tmp*")) or lines(metrics) >= STEPS)
+        time.sleep(draw.uniform(0, 0.05))
+        run.kill(signal.SIGKILL)
+        kills += run.wait().code == -signal.SIGKILL
+    assert kills >= 3
+    succeeded(zygote.run("train", argv))
+    assert losses(output) == uninterrupted[mode]
+    assert saved_steps(output)[-1] == STEPS
+
+
+def lines(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_a_kill_within_every_part_of_a_save(files, tmp_path, zygote, uninterrupted):
+    """Killed at the first, second, … change that a save makes in the checkpoints' directory."""
+    output = tmp_path / "run"
+    argv = words(settings(files, output, **LONG["packed"])) + [AUTO]
+    for parts in (1, 3):
+        run = zygote.start("train", argv)
+        seen = set()
+
+        def changed(seen=seen, parts=parts):
+            seen.update(path.relative_to(output) for path in output.glob("checkpoints/*tmp*/**/*"))
+            return len(seen) >= parts
+
+        wait_until(changed)
+        run.kill(signal.SIGKILL)
+        assert run.wait().code == -signal.SIGKILL
+    succeeded(zygote.run("train", argv))
+    assert losses(output) == uninterrupted["packed"]
+    assert not list((output / "checkpoints").glob("*tmp*"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sigterm_saves_and_says_how_to_go_on(workers, files, tmp_path, zygote, uninterrupted):
+    output = tmp_path / "run"
+    changes = LONG["packed"] | {"train_save_steps": 0, "data_num_workers": workers}
+    argv = words(settings(files, output, **changes))
+    run = zygote.start("train", argv)
+    wait_until(lambda: lines(output / "metrics.jsonl") >= 5)
+    run.kill(signal.SIGTERM)
+    result = run.wait()
+    assert result.code == train.RESUME_ME == 75
+    assert result.err == ""
+    done = losses(output)
+    assert 5 <= len(done) < STEPS
+    assert saved_steps(output) == [len(done)]
+    assert f"stopped and saved at step {len(done)}; go on with" in result.out
+    assert not (output / "hf").exists()
+    again = succeeded(zygote.run("train", [*argv, AUTO]))
+    assert f"resume  step {len(done)}" in again.out
+    assert losses(output) == uninterrupted["packed"]
+
+
+@pytest.fixture(scope="session")
+def source(files, tmp_path_factory):
+    """A run of 6 steps with checkpoints 2, 4 and 6."""
+    output = tmp_path_factory.mktemp("source") / "run"
+    chosen = settings(
+        files, output, train_save_steps=2, data_eval_path=files.held_out, train_eval_steps=2
+    )
+    succeeded(call(train.main, words(chosen)))
+    return output
+
+
+@pytest.mark.parametrize(("place", "step"), [("checkpoints/2", 2), ("checkpoints", 4), ("", 4)])
+def test_a_checkpoint_is_named_in_three_ways(place, step, source, files, tmp_path):
+    half = tmp_path / "half"
+    shutil.copytree(source, half)
+    shutil.rmtree(half / "checkpoints/6")
+    chosen = settings(files, tmp_path / "run", train_load_checkpoint_path=half / place)
+    result = succeeded(call(train.main, words(chosen)))
+    assert f"resume  step {step}" in result.out
+    rows = read_metrics(tmp_path / "run/metrics.jsonl")
+    expected = losses(source)
+    assert {r["step"]: r["loss"] for r in rows} == {s: expected[s] for s in range(step + 1, 7)}
+    assert saved_steps(tmp_path / "run") == [6]
+
+
+def test_a_run_does_not_start_over_another(source, files):
+    before = content(source)
+    result = call(train.main, words(settings(files, source)))
+    assert result.code == 1
+    assert result.err.startswith("error: ")
+    assert "checkpoints, the last of step 6" in result.err
+    assert "--train.load_checkpoint_path auto" in result.err
+    assert content(source) == before
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_run_does_not_go_back_among_its_own_later_checkpoints(other, source, files, tmp_path):
+    """They would be in the way of the new ones, and be mixed up with them."""
+    output = tmp_path / "run"
+    shutil.copytree(source, output)
+    place = (source if other else output) / "checkpoints/2"
+    before = content(output)
+    result = call(train.main, words(settings(files, output, train_load_checkpoint_path=place)))
+    assert result.code == 1
+    assert result.err.startswith("error: ")
+    assert "choose another train.output_dir" in result.err
+    assert content(output) == before
+
+
+def test_a_finished_run_only_reports(source, files, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(source, output)
+    before = content(output)
+    chosen = settings(
+        files,
+        output,
+        train_save_steps=2,
+        data_eval_path=files.held_out,
+        train_eval_steps=2,
+        train_load_checkpoint_path="auto",
+    )
+    result = succeeded(call(train.main, words(chosen)))
+    assert "held-out loss" in result.out
+    assert str(output / "checkpoints") in result.out
+    after = content(output)
+    for part in (before, after):
+        part.pop("recipe.yaml"), part.pop("loss.png")
+    assert after == before
+
+
+def test_an_evaluation_that_a_kill_prevented_is_made_up_for(source, files, tmp_path):
+    """The step was saved, its held-out loss not yet written."""
+    output = tmp_path / "run"
+    shutil.copytree(source, output)
+    shutil.rmtree(output / "checkpoints/6")
+    rows = (source / "metrics.jsonl").read_text().splitlines(keepends=True)
+    at = next(i for i, row in enumerate(rows) if '"step": 4' in row and "eval_loss" in row)
+    (output / "metrics.jsonl").write_text("".join(rows[:at]) + rows[at][:7])
+    chosen = settings(
+        files,
+        output,
+        data_eval_path=files.held_out,
+        train_eval_steps=2,
+        train_load_checkpoint_path="auto",
+    )
+    succeeded(call(train.main, words(chosen)))
+    names = ("step", "loss", "eval_loss")
+    pick = lambda path: [
+        {n: row[n] for n in names if n in row} for row in read_metrics(path / "metrics.jsonl")
+    ]
+    assert pick(output) == pick(source)
+
+
+def test_the_worker_processes_end_with_a_killed_run(files, tmp_path, zygote):
+    output = tmp_path / "run"
+    argv = words(settings(files, output, data_num_workers=1, data_train_size=10**8))
+    run = zygote.start("train", argv)
+    wait_until(lambda: lines(output / "metrics.jsonl") >= 2)
+    children = [int(pid) for pid in _children(run.pid)]
+    assert children
+    run.kill(signal.SIGKILL)
+    run.wait()
+    wait_until(lambda: not any(_alive(pid) for pid in children), 30)
+
+
+def _children(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return file.read().split()
+
+
+def _alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_saving_too_often_never_saves_a_step_twice(files, tmp_path):
+    """Steps and epochs fall together, and the last step with both; in padded data too."""
+    for name, changes in (("packed", {"data_train_size": 128}), ("padded", PADDED)):
+        chosen = settings(
+            files,
+            tmp_path / name,
+            **changes | {"train_max_steps": 2},
+            train_num_train_epochs=2,
+            train_save_steps=1,
+            train_save_epochs=1,
+            train_keep_checkpoints=0,
+        )
+        succeeded(call(train.main, words(chosen)))
+        assert saved_steps(tmp_path / name) == list(itertools.chain(range(1, 5)))
