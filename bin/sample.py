@@ -14,7 +14,7 @@ from omnistep.core.config import SAMPLE, ConfigError, InferArguments, ModelArgum
 from omnistep.core.config_help import help_text
 from omnistep.core.config_io import load, wants_help
 from omnistep.core.tree import Tree
-from omnistep.data.chat import Message, render
+from omnistep.data.chat import Message, render, special_tokens
 from omnistep.data.errors import DataError
 from omnistep.data.tokenizer import Tokenizer
 from omnistep.models.generate import Generate, Sampling, make_generate
@@ -149,8 +149,9 @@ def chat_wrapper(tokenizer: Tokenizer) -> Wrap:
             f"the tokenizer {tokenizer.path} has no chat template: leave infer.chat false to "
             "continue plain text"
         )
+    special = special_tokens(Path(tokenizer.path).parent)
     return lambda messages: render(
-        template, messages, add_generation_prompt=True, special_tokens=tokenizer.special_tokens
+        template, messages, add_generation_prompt=True, special_tokens=special
     )
 
 
@@ -159,7 +160,8 @@ def read_prompts(path: Path) -> Iterator[str]:
     if not path.is_file():
         raise RunError(f"infer.prompt_file: there is no file {path}")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # not splitlines: it also cuts at U+2028 and others, which JSON strings and prose may hold
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise RunError(f"infer.prompt_file: {path} is not UTF-8: {error}") from None
     found = False

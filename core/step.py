@@ -119,11 +119,6 @@ def make_train_step(
     were; the step still counts), and the loss's own.
     """
 
-    def keyed_loss(
-        params: Tree, batch: Any, key: Tensor, step: Tensor, micro: Tensor
-    ) -> LossOutput:
-        return loss_fn(params, batch, rng.fold_in(rng.fold_in(key, step), micro))
-
     def update(
         step: Tensor, old: tuple[Tree, Tree], grads: Tree, out: LossOutput
     ) -> tuple[tuple[Tree, Tree], dict[str, Tensor]]:
@@ -149,19 +144,16 @@ def make_train_step(
         }
         return new, metrics
 
-    compiled_loss = compile_graph(keyed_loss) if compile else keyed_loss
+    compiled_grads = value_and_grad(compile_graph(loss_fn) if compile else loss_fn)
     compiled_update = compile_graph(update) if compile else update
-    compiled_grads = value_and_grad(compiled_loss)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Tensor]]:
-        device = state.step.device
         micros = [batch] if accumulate == 1 else _unstack(batch, accumulate)
         out, grads = None, None
         for i, micro_batch in enumerate(micros):
-            index = torch.full((), i, dtype=torch.int64, device=device)
-            new_out, new_grads = compiled_grads(
-                state.params, micro_batch, state.key, state.step, index
-            )
+            # outside of the graph: hashing is many small operations, slow to trace
+            key = rng.fold_in(state.key, state.step * accumulate + i)
+            new_out, new_grads = compiled_grads(state.params, micro_batch, key)
             if out is None:
                 out, grads = new_out, new_grads
             else:

@@ -3,6 +3,7 @@
 import datetime
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -38,8 +39,24 @@ def render(
             add_generation_prompt=add_generation_prompt,
             **(special_tokens or {}),
         )
-    except jinja2.TemplateError as error:
+    except Exception as error:  # a template's own mistakes are a TypeError, a KeyError, …
         raise DataError(f"the chat template does not take this conversation: {error}") from error
+
+
+def special_tokens(directory: Path) -> dict[str, str]:
+    """The special tokens by the names that templates use, of the tokenizer in a directory.
+
+    As in transformers: every `…_token` that tokenizer_config.json (or the older
+    special_tokens_map.json) sets to a text or an AddedToken.
+    """
+    found: dict[str, str] = {}
+    for file in (directory / "tokenizer_config.json", directory / "special_tokens_map.json"):
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        for name, token in config.items():
+            text = token.get("content") if isinstance(token, dict) else token
+            if name.endswith("_token") and isinstance(text, str):
+                found.setdefault(name, text)
+    return found
 
 
 def _refuse(message: str) -> None:

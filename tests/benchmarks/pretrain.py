@@ -152,9 +152,8 @@ def main() -> None:
     first = {} if options.skip_alone else {name: alone(name, options) for name in names}
     flops = flops_per_step()
     print(f"sgemm ceiling {top:.0f} GFLOP/s with {options.threads} threads")
-    print(
-        f"{'':22}{'tokens/s':>9}{'ratio':>8}{'ceiling':>9}{'cold s':>8}{'warm s':>8}{'peak MB':>9}{'loss':>10}"
-    )
+    heads = ("tokens/s", "ratio", "ceiling", "cold s", "warm s", "peak MB", "loss")
+    print(" " * 22 + "".join(f"{head:>10}" for head in heads))
     for name in names:
         seconds = [step["seconds"] for step in steps[name]]
         ours = [step["seconds"] for step in steps[names[0]]]

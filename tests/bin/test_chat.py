@@ -6,7 +6,7 @@ import re
 import pytest
 from transformers import AutoTokenizer
 
-from omnistep.data.chat import render
+from omnistep.data.chat import render, special_tokens
 from omnistep.data.errors import DataError
 from tests.bin.runs import TOKENIZER
 
@@ -74,9 +74,29 @@ def test_the_text_is_that_of_transformers(template, generation_prompt, conversat
         text,
         conversation,
         add_generation_prompt=generation_prompt,
-        special_tokens=theirs.special_tokens_map,
+        special_tokens=special_tokens(TOKENIZER),
     )
     assert ours == expected
+
+
+def test_special_tokens_are_those_of_transformers(theirs, tmp_path):
+    """With a BOS, texts and AddedTokens, as a Llama's tokenizer has them."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((TOKENIZER / name).read_bytes())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    bos = {"__type": "AddedToken", "content": "<|im_start|>", "special": True, "lstrip": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": bos}))
+    other = AutoTokenizer.from_pretrained(tmp_path)
+    ours = special_tokens(tmp_path)
+    assert ours["bos_token"] == "<|im_start|>"
+    for tokenizer, found in ((other, ours), (theirs, special_tokens(TOKENIZER))):
+        named = tokenizer.special_tokens_map.items()
+        assert found == {name: token for name, token in named if isinstance(token, str)}
+    text = render(LLAMA3, CONVERSATIONS[1], add_generation_prompt=True, special_tokens=ours)
+    assert text.startswith("<|im_start|><|start_header_id|>system")
+    assert text == other.apply_chat_template(
+        CONVERSATIONS[1], chat_template=LLAMA3, tokenize=False, add_generation_prompt=True
+    )
 
 
 def test_a_template_that_refuses_is_an_error_with_its_reason():

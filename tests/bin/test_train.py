@@ -1,5 +1,6 @@
 """What a run leaves behind: metrics, picture, recipe, checkpoints, weights others can read."""
 
+import gzip
 import json
 import math
 
@@ -160,6 +161,15 @@ def test_the_whole_path_compiled_as_a_user_starts_it(files, tmp_path):
     expected = losses(tmp_path / "eager")
     assert len(expected) == 3
     assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-5)
+    norms = [
+        [
+            row["grad_norm"]
+            for row in read_metrics(tmp_path / name / "metrics.jsonl")
+            if "loss" in row
+        ]
+        for name in ("run", "eager")
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)  # fp32; wrong gradients are far off
 
 
 def test_wandb_without_a_key_is_recorded_offline(files, tmp_path, zygote):
@@ -174,8 +184,6 @@ def test_wandb_without_a_key_is_recorded_offline(files, tmp_path, zygote):
 
 
 def test_profiling_writes_a_trace_of_the_chosen_steps(files, tmp_path):
-    import gzip
-
     chosen = settings(
         files,
         tmp_path / "run",
@@ -189,5 +197,6 @@ def test_profiling_writes_a_trace_of_the_chosen_steps(files, tmp_path):
     succeeded(call(train.main, words(chosen)))
     (trace,) = (tmp_path / "trace").glob("*.json.gz")
     assert "2-2" in trace.name
-    names = {event.get("name") for event in json.loads(gzip.open(trace).read())["traceEvents"]}
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    names = {event.get("name") for event in events}
     assert "aten::mm" in names

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -247,7 +248,7 @@ def test_weights_that_cannot_be_used(kind, expected, trained, files, tmp_path):
 
 def test_an_output_dir_that_cannot_be_written(files, tmp_path):
     (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file", tmp_path / "file/run", "/proc/run"):
+    for place in (tmp_path / "file", tmp_path / "file/run", Path("/proc/run")):
         message = one_line(refused(words(settings(files, place))))
         assert message.startswith(f"train.output_dir: nothing can be written to {place}")
 

@@ -31,7 +31,7 @@ def child(request: dict[str, Any]) -> int:
         (2, "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
     ):
         os.dup2(os.open(request[name], flags, 0o644), number)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)  # the parent's has read ahead
     return MAINS[request["program"]](request["argv"])
 
 
