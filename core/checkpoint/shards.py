@@ -306,7 +306,9 @@ def read_array(array: ts.TensorStore, name: str, directory: str, like: Tensor | 
     if 0 in shape:
         return torch.empty(shape, dtype=torch_dtype(array.dtype.name))
     try:
-        return from_numpy(array[_slices(offset, shape)].read().result())
+        # Into memory of torch's own: it is aligned to 64 bytes, tensorstore's is not, and matrix
+        # products on the CPU round differently where it is not. A resumed run would drift.
+        return from_numpy(array[_slices(offset, shape)].read().result()).clone()
     except (ValueError, OSError, KeyError, RuntimeError) as error:
         raise damaged(name, directory, error) from error
 

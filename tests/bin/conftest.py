@@ -10,12 +10,18 @@ from omnistep.bin import train
 from tests.bin.runs import Files, Zygote, call, make_files, settings, succeeded, words
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def _one_thread() -> Iterator[None]:
+    """As the started processes have: sums are split by thread, and runs are compared to the bit."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _back_to_undetermined() -> Iterator[None]:
+    yield
     torch.use_deterministic_algorithms(False)
 
 
@@ -31,7 +37,7 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     zygote.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def trained(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output_dir of a finished run of 6 steps, with an export. Tests leave it as it is."""
     output = tmp_path_factory.mktemp("trained") / "run"

@@ -27,7 +27,7 @@ MODES = {"packed": {"data_train_size": 10_000, "train_bsz_warmup_ratio": 0.5}, "
 LONG = {name: m | {"train_max_steps": STEPS, "train_save_steps": 3} for name, m in MODES.items()}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def uninterrupted(files, tmp_path_factory):
     """Losses by step of runs that nobody disturbs."""
     found = {}
@@ -105,7 +105,7 @@ def test_sigterm_saves_and_says_how_to_go_on(workers, files, tmp_path, zygote, u
     assert losses(output) == uninterrupted["packed"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def source(files, tmp_path_factory):
     """A run of 6 steps with checkpoints 2, 4 and 6."""
     output = tmp_path_factory.mktemp("source") / "run"
