@@ -1,0 +1,27 @@
+"""Compiled, a decoder gives the gradients it gives eagerly: every leaf, several layers."""
+
+import pytest
+import torch
+
+from omnistep.core import param, rng
+from omnistep.core.compile import compile_graph
+from omnistep.core.step import value_and_grad
+from omnistep.core.tree import leaves_with_names
+from omnistep.models import decoder
+from tests.models.test_decoder import make_batch, reference
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_every_gradient(mode):
+    """Layers of two windows, so that neither equal nor different layers may be mixed up."""
+    _, cfg = reference("qwen2-window", torch.float64)
+    assert len(set(cfg.windows)) == 2
+    weights = param.initialize(decoder.params(cfg), rng.key(3), torch.float64, torch.device("cpu"))
+    batch, key = make_batch(packed=True), rng.key(0)
+    loss = decoder.make_loss(cfg, dtype=torch.float64, mode=mode)
+    eager_out, eager = value_and_grad(loss)(weights, batch, key)
+    out, compiled = value_and_grad(compile_graph(loss))(weights, batch, key)
+    torch.testing.assert_close(out, eager_out, rtol=1e-12, atol=0)
+    theirs = leaves_with_names(eager)
+    for name, ours in leaves_with_names(compiled).items():
+        assert (ours - theirs[name]).norm() < 1e-10 * theirs[name].norm(), name
