@@ -1,7 +1,6 @@
 """What a run is made of: each part built from the resolved arguments."""
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -160,7 +159,7 @@ def open_data(args: Arguments, tokenizer: Tokenizer, mesh: Mesh) -> Data:
             seed=train.seed,
             drop_last=data.drop_last,
             text_keys=text_keys(args),
-            num_workers=min(data.num_workers, os.cpu_count() or 1),
+            num_workers=data.num_workers,
             prefetch_factor=data.prefetch_factor,
             pin_memory=data.pin_memory,
             data_ranks=mesh.data_ranks,

@@ -6,10 +6,10 @@ The common work: a Qwen3 of 8 layers, width 512, 8 heads and 4 key/value heads o
 vocabulary 8192, tied (27.8 M parameters), 4 x 512 tokens a step, AdamW, clipping at 1, fp32; the
 same initial weights and tokens for all. Three things are measured:
 
-- alone: start of the process to the end of the first step, with an empty and with a filled
-  compilation cache, and the peak of resident memory over some steps;
+- start of the process to the end of the first step, with an empty and with a filled compilation
+  cache, one contestant at a time;
 - paired: all contestants wait at a gate and step in turn, A B C, C B A, ..., so that all see the
-  same machine; the ratio of two is the median over the rounds;
+  same machine; the ratio of two is the median over the rounds. Peak resident memory after them;
 - the machine's ceiling in matrix products of fp32, and each contestant's share of it.
 
 The HF Trainer needs `pip install accelerate`; litgpt lives in a virtual environment of its own
@@ -70,7 +70,7 @@ class Process:
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
         for line in self.process.stdout:
-            if line.startswith("{"):
+            if line.startswith('{"seconds"'):
                 return json.loads(line)
         self.log.seek(0)
         sys.exit(f"{self.name} died:\n{self.log.read()[-3000:]}")
@@ -80,36 +80,35 @@ class Process:
         self.process.wait()
 
 
-def alone(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """First step cold and warm, in seconds from the start of the process; peak memory in MB."""
-    with tempfile.TemporaryDirectory() as cache:
-        result = {}
-        for temperature in ("cold", "warm"):
-            process = Process(name, options.litgpt_python, cache, 8, options.threads)
+def paired(
+    names: list[str], options: argparse.Namespace, cache: str
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, float]]:
+    """The steps of all, and the seconds each took to its first step with an empty cache."""
+    total = options.warm + options.rounds
+    processes, cold = [], {}
+    for name in names:
+        process = Process(name, options.litgpt_python, f"{cache}/{name}", total, options.threads)
+        for i in range(options.warm):
             process.step()
-            result[f"first_step_{temperature}_s"] = time.time() - process.started
-            for _ in range(4 if temperature == "warm" else 0):
-                result["peak_mb"] = process.step()["peak_mb"]
-            process.end()
-        return result
+            if i == 0:
+                cold[name] = time.time() - process.started
+        processes.append(process)
+    steps: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for i in range(options.rounds):
+        for process in processes[:: 1 if i % 2 == 0 else -1]:
+            steps[process.name].append(process.step())
+    for process in processes:
+        process.end()
+    return steps, cold
 
 
-def paired(names: list[str], options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    with tempfile.TemporaryDirectory() as cache:
-        total = options.warm + options.rounds
-        processes = []
-        for name in names:
-            process = Process(name, options.litgpt_python, cache, total + 1, options.threads)
-            for _ in range(options.warm):
-                process.step()
-            processes.append(process)
-        steps: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-        for i in range(options.rounds):
-            for process in processes[:: 1 if i % 2 == 0 else -1]:
-                steps[process.name].append(process.step())
-        for process in processes:
-            process.end()
-        return steps
+def warm_start(name: str, options: argparse.Namespace, cache: str) -> float:
+    """Seconds to the first step with the cache that another process has filled."""
+    process = Process(name, options.litgpt_python, f"{cache}/{name}", 2, options.threads)
+    process.step()
+    seconds = time.time() - process.started
+    process.end()
+    return seconds
 
 
 def ceiling(threads: int, seconds: float = 4.0) -> float:
@@ -137,7 +136,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--warm", type=int, default=3, help="uncounted steps before the rounds")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--skip-alone", action="store_true")
     parser.add_argument("--json", default="", help="write all figures here")
     options = parser.parse_args()
     names = [n for n in CONTESTANTS if not options.only or n in options.only.split(",")]
@@ -148,8 +146,9 @@ def main() -> None:
     from work import TOKENS, flops_per_step
 
     top = ceiling(options.threads)
-    steps = paired(names, options)
-    first = {} if options.skip_alone else {name: alone(name, options) for name in names}
+    with tempfile.TemporaryDirectory() as cache:
+        steps, cold = paired(names, options, cache)
+        warm = {name: warm_start(name, options, cache) for name in names}
     flops = flops_per_step()
     print(f"sgemm ceiling {top:.0f} GFLOP/s with {options.threads} threads")
     heads = ("tokens/s", "ratio", "ceiling", "cold s", "warm s", "peak MB", "loss")
@@ -159,16 +158,14 @@ def main() -> None:
         ours = [step["seconds"] for step in steps[names[0]]]
         median = statistics.median(seconds)
         ratio = statistics.median(a / b for a, b in zip(ours, seconds, strict=True))
-        one = first.get(name, {})
         print(
             f"{name:22}{TOKENS / median:10.0f}{ratio:10.3f}{flops / median / top / 1e9:10.1%}"
-            f"{one.get('first_step_cold_s', float('nan')):10.1f}"
-            f"{one.get('first_step_warm_s', float('nan')):10.1f}"
-            f"{one.get('peak_mb', float('nan')):10.0f}{steps[name][-1]['loss']:10.5f}"
+            f"{cold[name]:10.1f}{warm[name]:10.1f}{steps[name][-1]['peak_mb']:10.0f}"
+            f"{steps[name][-1]['loss']:10.5f}"
         )
     print(f"ratio: tokens/s over those of {names[0]}, median over {options.rounds} paired rounds")
     if options.json:
-        figures = {"ceiling_gflops": top, "steps": steps, "alone": first}
+        figures = {"ceiling_gflops": top, "steps": steps, "cold_s": cold, "warm_s": warm}
         Path(options.json).write_text(json.dumps(figures, indent=1))
 
 
