@@ -87,7 +87,13 @@ def paired(
     total = options.warm + options.rounds
     processes, cold = [], {}
     for name in names:
-        process = Process(name, options.litgpt_python, f"{cache}/{name}", total, options.threads)
+        process = Process(
+            name,
+            options.litgpt_python,
+            f"{cache}/{name.replace(chr(32), chr(45))}",
+            total,
+            options.threads,
+        )
         for i in range(options.warm):
             process.step()
             if i == 0:
@@ -104,7 +110,9 @@ def paired(
 
 def warm_start(name: str, options: argparse.Namespace, cache: str) -> float:
     """Seconds to the first step with the cache that another process has filled."""
-    process = Process(name, options.litgpt_python, f"{cache}/{name}", 2, options.threads)
+    process = Process(
+        name, options.litgpt_python, f"{cache}/{name.replace(chr(32), chr(45))}", 2, options.threads
+    )
     process.step()
     seconds = time.time() - process.started
     process.end()
