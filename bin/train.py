@@ -128,13 +128,14 @@ def run(args: Arguments, stop: "Stop") -> int:
         if position.step == 0:
             (output / METRICS_FILE).unlink(missing_ok=True)  # of a run that never saved
         logger = stack.enter_context(Logger(output, data.total_steps, position.step))
+        # a CPU's peak is measured: before wandb's thread takes a core
+        meter = _Meters(data, model, peak_flops(mesh.device, dtype))
         if train.use_wandb:
             config = attrs.asdict(args)
             logger.wandb = Wandb(
                 WandbConfig(train.wandb_project, train.wandb_name, output, config), logger.say
             )
         profiler = stack.enter_context(Profiler(_profile(args)))
-        meter = _Meters(data, model, peak_flops(mesh.device, dtype))
         key = rng.name_key(rng.key(train.seed, mesh.device), "eval")
 
         evaluated = evaluations(output / METRICS_FILE)
