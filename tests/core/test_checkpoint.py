@@ -443,7 +443,7 @@ def test_a_step_is_a_whole_number(store: OrbaxStore, step: int) -> None:
 
 
 def test_restored_memory_is_aligned_as_torch_aligns_it(tmp_path: Path) -> None:
-    """Matrix products round differently on other alignments: a resumed run would drift."""
+    """So that a resumed run differs in nothing a BLAS library could round by."""
     state = {f"w{n}": torch.randn(n, 7) for n in range(1, 40)}
     with contextlib.closing(open_store(tmp_path)) as store:
         store.save(1, state)
