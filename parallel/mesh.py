@@ -1,21 +1,53 @@
-"""The mesh: how many ranks there are along each named axis, and the device each computes on."""
+"""The mesh: how many ranks there are along each named axis, where this rank stands, and the groups
+of ranks that talk to each other.
 
+Every rank of the job is one point of the mesh. Ranks are numbered in the order of AXES, the last
+axis fastest, so that neighbours (which share a machine) differ in the axis with the most traffic.
+"""
+
+import itertools
 import math
 from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 from attrs import field, frozen
+from torch.distributed.device_mesh import DeviceMesh
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "ulysses", "tp")
-"""Outermost first: neighbouring ranks differ in the last axis, where traffic is heaviest."""
+"""Outermost first."""
+
+AT_REST = ("pp", "dp_replicate", "tp", "dp_shard", "cp", "ulysses")
+"""The order in which a dimension at rest is cut by the axes that share it: what a rank computes
+with (pp, tp) first, so that gathering over the others gives a contiguous piece."""
+
+
+class MeshError(ValueError):
+    """Sizes that do not fit; str() says which would."""
 
 
 @frozen
+class Group:
+    """The ranks that differ from this one in certain axes only."""
+
+    axes: tuple[str, ...] = ()
+    size: int = 1
+    index: int = 0
+    """This rank's place among them: row-major in the order of AXES."""
+    name: str = ""
+    """What the collectives know it by: the same on every rank, so that all compile one graph."""
+
+
+@frozen(eq=False)
 class Mesh:
     """Sizes of the axes that are larger than 1, and this rank's device."""
 
     device: torch.device
     sizes: Mapping[str, int] = field(factory=dict)
+    rank: int = 0
+    groups: Mapping[tuple[str, ...], Group] = field(factory=dict)
+    device_mesh: DeviceMesh | None = None
+    """Of the axes larger than 1, in the order AT_REST; None on one rank."""
 
     def size(self, *axes: str) -> int:
         """Number of ranks along the axes together; an axis that is not named in `sizes` has 1."""
@@ -24,10 +56,52 @@ class Mesh:
                 raise ValueError(f"the mesh has no axis {axis!r}; its axes are {', '.join(AXES)}")
         return math.prod(self.sizes.get(axis, 1) for axis in axes)
 
+    def group(self, *axes: str) -> Group:
+        """The ranks along these axes together, in any order of names."""
+        self.size(*axes)
+        return self.groups.get(tuple(a for a in AXES if a in axes and self.size(a) > 1), Group())
+
+    def index(self, *axes: str) -> int:
+        """This rank's place along the axes together."""
+        return self.group(*axes).index
+
+    @property
+    def world(self) -> Group:
+        return self.group(*AXES)
+
     @property
     def data_ranks(self) -> int:
         """How many ranks see different samples."""
         return self.size("dp_replicate", "dp_shard")
+
+
+def make_mesh(sizes: Mapping[str, int], device: torch.device) -> Mesh:
+    """The mesh of all ranks of the initialised process group; one rank needs none.
+
+    Collective: every rank makes the same groups in the same order. Raises MeshError where the
+    sizes do not multiply to the number of ranks.
+    """
+    sizes = {axis: sizes[axis] for axis in AXES if sizes.get(axis, 1) > 1}
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if math.prod(sizes.values()) != world:
+        shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items()) or "no axis above 1"
+        raise MeshError(f"{shape} is {math.prod(sizes.values())} ranks, but {world} are running")
+    if not sizes:
+        return Mesh(device)
+    rank = dist.get_rank()
+    ranks = torch.arange(world).view(*sizes.values())
+    groups = {}
+    for count in range(1, len(sizes) + 1):
+        for axes in itertools.combinations(sizes, count):
+            groups[axes] = _make_group(axes, tuple(sizes), ranks, rank)
+    resting = [axis for axis in AT_REST if axis in sizes]
+    device_mesh = DeviceMesh.from_group(
+        [_process_group(groups[(axis,)]) for axis in resting],
+        device.type,
+        ranks.permute(*(list(sizes).index(axis) for axis in resting)).contiguous(),
+        mesh_dim_names=tuple(resting),
+    )
+    return Mesh(device, sizes, rank, groups, device_mesh)
 
 
 def pick_device(init_device: str = "cuda") -> torch.device:
@@ -35,3 +109,23 @@ def pick_device(init_device: str = "cuda") -> torch.device:
     if init_device != "cpu" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def _make_group(
+    axes: tuple[str, ...], names: tuple[str, ...], ranks: torch.Tensor, rank: int
+) -> Group:
+    inside = [names.index(axis) for axis in axes]
+    outside = [i for i in range(len(names)) if i not in inside]
+    rows = ranks.permute(*outside, *inside).reshape(-1, math.prod(ranks.shape[i] for i in inside))
+    members = rows[(rows == rank).any(-1)].flatten().tolist()
+    name = "omnistep:" + "+".join(axes)
+    group = dist.group.WORLD
+    if len(members) < ranks.numel():
+        # only the members take part: no barrier over the whole job for each of many groups
+        group = dist.new_group(members, use_local_synchronization=True)
+    torch._C._distributed_c10d._register_process_group(name, group)
+    return Group(axes, len(members), members.index(rank), name)
+
+
+def _process_group(group: Group) -> dist.ProcessGroup:
+    return torch._C._distributed_c10d._resolve_process_group(group.name)
