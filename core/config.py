@@ -194,7 +194,7 @@ class TrainArguments:
         1.0, "share of the steps after which the learning rate is lr_min", RATIO
     )
     use_doptim: bool = arg(
-        False, "with ddp: shard the optimizer state over the data ranks (ZeRO-1)"
+        False, "with ddp: shard the optimizer state over the data ranks (ZeRO-1); fsdp always does"
     )
     enable_mixed_precision: bool = arg(
         True,
@@ -230,7 +230,11 @@ class TrainArguments:
         500, "steps between two clearings of the device's cache; -1: never", Limits(-1)
     )
     data_parallel_mode: Literal["ddp", "fsdp1", "fsdp2"] = arg(
-        "ddp", "ddp: replicate parameters; fsdp2: shard each; fsdp1: shard a flat bucket per block"
+        "ddp",
+        "ddp: replicate parameters; fsdp2: shard each; fsdp1: the same in one bucket per block",
+    )
+    data_parallel_replicate_size: int = arg(
+        1, "copies of the sharded state; each is sharded over data ranks / copies (HSDP)", POSITIVE
     )
     tensor_parallel_size: int = arg(1, "ranks that share each matrix product", POSITIVE)
     pipeline_parallel_size: int = arg(1, "ranks that share the layers", POSITIVE)
@@ -346,6 +350,8 @@ class Command:
     about: str
     reads: tuple[str, ...]
     needs: tuple[str, ...]
+    spawns: bool = False
+    """Whether --nproc starts it on many ranks."""
 
 
 TRAIN = Command(
@@ -353,6 +359,7 @@ TRAIN = Command(
     "Trains a model as a recipe says.",
     reads=("model", "data", "train", "infer"),
     needs=("model", "data", "train"),
+    spawns=True,
 )
 SAMPLE = Command(
     "omnistep-sample",

@@ -7,11 +7,13 @@ from omnistep.core.config_types import shown, type_usage
 
 def help_text(command: Command) -> str:
     """Usage, then each section with its arguments: type, default, and a line of meaning."""
+    nproc = " [--nproc N]" if command.spawns else ""
     lines = [
-        f"usage: {command.program} [recipe.yaml] [--section.name value ...]",
+        f"usage: {command.program} [recipe.yaml]{nproc} [--section.name value ...]",
         "",
         command.about,
         "",
+        *(_LAUNCHING if command.spawns else ()),
         "A recipe is YAML: sections with their arguments. The command line wins over the recipe,",
         "the recipe over the defaults. On the command line MAPPING is JSON, NAMES is a or [a,b].",
         "Paths are relative to the current directory; omnistep:data/... is a file of the package.",
@@ -23,6 +25,13 @@ def help_text(command: Command) -> str:
             if name.startswith(f"{section}."):
                 lines += [_usage(argument, command), f"      {argument.info.help}"]
     return "\n".join(lines)
+
+
+_LAUNCHING = (
+    "--nproc N starts N ranks on this machine. Started by torchrun or srun, it joins their ranks.",
+    "Ranks that tensor, pipeline, ulysses and context parallelism leave over see other samples.",
+    "",
+)
 
 
 def _usage(argument: Argument, command: Command) -> str:

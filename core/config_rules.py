@@ -5,7 +5,6 @@
 """
 
 import importlib.resources
-import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -25,6 +24,7 @@ from omnistep.core.config import (
     TrainArguments,
     value_of,
 )
+from omnistep.core.config_mesh import data_ranks, mesh_problems, split_names
 from omnistep.core.config_types import nearest, shown
 
 NOT_YET: Mapping[str, tuple[Any, ...]] = {
@@ -40,15 +40,9 @@ NOT_YET: Mapping[str, tuple[Any, ...]] = {
     "train.enable_fsdp_offload": (False,),
     "train.enable_activation_offload": (False,),
     "train.activation_gpu_limit": (0.0,),
-    "train.tensor_parallel_size": (1,),
-    "train.pipeline_parallel_size": (1,),
-    "train.ulysses_parallel_size": (1,),
-    "train.context_parallel_size": (1,),
     "train.expert_parallel_size": (1,),
 }
 """Arguments not every value of which is available yet, and the values that are."""
-
-_MODEL_AXES = ("tensor", "pipeline", "ulysses", "context")
 
 SHIPPED = "omnistep:"
 """How a path into the installed package begins."""
@@ -78,12 +72,6 @@ def expand_paths(paths: str) -> str:
     if SHIPPED not in paths:
         return paths
     return ",".join(expand_path(part.strip()) for part in paths.split(","))
-
-
-def data_ranks(train: TrainArguments, world_size: int) -> int:
-    """Ranks that see different samples: those left by tp, pp, ulysses and cp."""
-    sizes = (getattr(train, f"{axis}_parallel_size") for axis in _MODEL_AXES)
-    return max(1, world_size // max(1, math.prod(sizes)))
 
 
 def derive(args: Arguments, *, world_size: int, cuda: bool) -> Arguments:
@@ -161,12 +149,11 @@ def _derive_train(
 
 def problems(args: Arguments, *, world_size: int, command: Command = TRAIN) -> list[Problem]:
     """Everything wrong with derived arguments in the sections that the command needs."""
-    row = args.train.micro_batch_size * args.data.max_seq_len
     found: list[Problem] = []
     for step in (
         _each_alone(args),
-        _not_yet(args, world_size),
-        (*_model_and_data(args), *_batch(args.train, world_size, row), *_optimisation(args.train)),
+        (*_not_yet(args), *mesh_problems(args, world_size)),
+        (*_model_and_data(args), *_batch(args, world_size), *_optimisation(args.train)),
         (*_precision(args.train), *_infer(args.infer)),
     ):
         # a value that is wrong by itself says nothing about its combinations
@@ -193,15 +180,13 @@ def _each_alone(args: Arguments) -> Iterator[Problem]:
         yield Problem(("train.empty_cache_steps",), "must be at least 1, or -1 for never")
 
 
-def _not_yet(args: Arguments, world_size: int) -> Iterator[Problem]:
+def _not_yet(args: Arguments) -> Iterator[Problem]:
     for name, available in NOT_YET.items():
         if value_of(args, name) not in available:
             only = " or ".join(map(shown, available))
             unset = value_of(args, name) == ARGUMENTS[name].default
             advice = f"; set {name}: {available[0]}" if unset else ""
             yield Problem((name,), f"not available yet (only {only}){advice}")
-    if world_size != 1:
-        yield Problem((), f"a run of {world_size} processes is not available yet (only 1)")
 
 
 def _model_and_data(args: Arguments) -> Iterator[Problem]:
@@ -214,14 +199,15 @@ def _model_and_data(args: Arguments) -> Iterator[Problem]:
         yield Problem(("train.eval_steps", "data.eval_path"), "evaluation needs data.eval_path")
 
 
-def _batch(train: TrainArguments, world_size: int, row: int) -> Iterator[Problem]:
+def _batch(args: Arguments, world_size: int) -> Iterator[Problem]:
+    train, row = args.train, args.train.micro_batch_size * args.data.max_seq_len
     ranks = data_ranks(train, world_size)
     unit = train.micro_batch_size * ranks
     whole = train.global_batch_size or unit
     if unit > 0 and whole % unit:
         below, above = whole // unit * unit, (whole // unit + 1) * unit
         yield Problem(
-            ("train.global_batch_size", "train.micro_batch_size"),
+            ("train.global_batch_size", "train.micro_batch_size", *split_names(args)),
             "the global batch must be a multiple of micro_batch_size * data ranks = "
             f"{train.micro_batch_size} * {ranks} = {unit}; nearest: "
             + (f"{below} or {above}" if below else f"{above}"),

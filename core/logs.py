@@ -29,25 +29,29 @@ METRICS_FILE = "metrics.jsonl"
 
 @define
 class Logger:
-    """One per run, on its first rank; `log` once a step, `close` (or leave `with`) at the end.
+    """One per rank; `log` once a step, `close` (or leave `with`) at the end.
 
     `resumed_step`: the updates the restored state had done; later steps in metrics.jsonl are
     of a run that was cut off, will be done again, and are dropped. On a terminal there is a
-    bar, elsewhere a line every `interval` seconds.
+    bar, elsewhere a line every `interval` seconds. A `silent` one, for all ranks but the first,
+    writes and shows nothing.
     """
 
     output_dir: Path
     total_steps: int
     resumed_step: int = 0
     interval: float = 5.0
+    silent: bool = False
     console: Console = field(factory=Console)
     _bar: "_Bar | None" = field(default=None, init=False)
     _said: float = field(default=-math.inf, init=False)
     _file: Any = field(default=None, init=False)
     wandb: "Wandb | None" = field(default=None, init=False)
-    """Set by whoever wants one: `logger.wandb = Wandb(config, logger.say)`."""
+    """Set by whoever wants one, unless silent: `logger.wandb = Wandb(config, logger.say)`."""
 
     def __attrs_post_init__(self) -> None:
+        if self.silent:
+            return
         self.output_dir.mkdir(parents=True, exist_ok=True)
         path = self.output_dir / METRICS_FILE
         drop_steps_after(path, self.resumed_step)
@@ -57,6 +61,8 @@ class Logger:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Records what step `step` (1 is the run's first) measured."""
+        if self.silent:
+            return
         self._file.write(json.dumps({"step": step, **_finite(metrics)}) + "\n")
         self._file.flush()
         if self.wandb is not None:
@@ -70,12 +76,14 @@ class Logger:
 
     def say(self, text: str) -> None:
         """A line for whoever watches; a bar stays below it."""
-        self.console.print(text, **_PLAIN)
+        if not self.silent:
+            self.console.print(text, **_PLAIN)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self.wandb is not None:
             self.wandb.close()
 

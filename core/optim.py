@@ -1,11 +1,11 @@
-"""Optimizers as pairs of pure functions on trees of local tensors.
+"""Optimizers: a rule for one leaf, applied to every leaf of a tree.
 
     opt_state = optimizer.init(params)
     params, opt_state = optimizer.update(grads, opt_state, params, lr)
 
-Nothing is changed in place and no shape or Python number depends on the step, so a compiled
-step traces `update` once. Compiled, each leaf is one loop over its elements that reads the
-parameter, its gradient and its moments once and writes the new ones once.
+A rule works element by element, on whatever piece of a parameter a rank holds. Nothing is changed
+in place and no Python number depends on the step, so that one compiled loop, which reads the
+parameter, its gradient and its moments once and writes the new ones once, serves every leaf.
 """
 
 from collections.abc import Callable
@@ -20,19 +20,57 @@ from torch import Tensor
 from omnistep.core.tree import Tree, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 OptState = dict[str, Any]
+Scalars = tuple[Tensor, ...]
 
 
 @frozen
 class Optimizer:
-    """`init(params) -> opt_state`; `update(grads, opt_state, params, lr) -> (params, opt_state)`.
+    """The optimizer's state is a dict: `count`, the number of updates done (int64 scalar), and for
+    each name in `buffers` a tree like `params`, zero at first.
 
-    The optimizer's state is a dict: `count`, the number of updates done (int64 scalar), and
-    trees like `params`. `lr` is a scalar tensor. Gradients are expected to be finite and
-    clipped.
+    rule: (param, grad, *buffers, scalars) -> (new param, *new buffers), element by element.
+    scalars: (count, lr, dtype, decays) -> 0-d tensors of `dtype` that are the same for all elements
+        of a leaf; `decays` says whether weight decay applies to it.
+    decay_mask: a tree of bools like `params`: which leaves decay (None: all).
     """
 
-    init: Callable[[Tree], OptState]
-    update: Callable[[Tree, OptState, Tree, Tensor], tuple[Tree, OptState]]
+    buffers: tuple[str, ...]
+    rule: Callable[..., tuple[Tensor, ...]]
+    scalars: Callable[[Tensor, Tensor, torch.dtype, bool], Scalars]
+    decay_mask: Tree | None = None
+
+    def init(self, params: Tree) -> OptState:
+        device = tree_leaves(params)[0].device
+        count = torch.zeros((), dtype=torch.int64, device=device)
+        return {
+            "count": count,
+            **{name: tree_map(torch.zeros_like, params) for name in self.buffers},
+        }
+
+    def update(
+        self,
+        grads: Tree,
+        opt_state: OptState,
+        params: Tree,
+        lr: Float[Tensor, ""],
+        rule: Callable[..., tuple[Tensor, ...]] | None = None,
+    ) -> tuple[Tree, OptState]:
+        """One step. Gradients are expected to be finite and clipped. `rule` is what is called in
+        place of the optimizer's own: the same rule, compiled or with more around it."""
+        flat, structure = tree_flatten(params)
+        decays = [True] * len(flat) if self.decay_mask is None else tree_leaves(self.decay_mask)
+        buffers = [tree_leaves(opt_state[name]) for name in self.buffers]
+        count = opt_state["count"] + 1
+        kinds = [(_arithmetic_dtype(p), bool(d)) for p, d in zip(flat, decays, strict=True)]
+        scalars = {kind: self.scalars(count, lr, *kind) for kind in set(kinds)}
+        new = [
+            (rule or self.rule)(p, g, *moments, scalars[kind])
+            for p, g, kind, *moments in zip(flat, tree_leaves(grads), kinds, *buffers, strict=True)
+        ]
+        new_params, *new_buffers = (
+            tree_unflatten(list(leaves), structure) for leaves in zip(*new, strict=True)
+        )
+        return new_params, {"count": count, **dict(zip(self.buffers, new_buffers, strict=True))}
 
 
 def adamw(
@@ -48,9 +86,9 @@ def adamw(
     Moments have the parameters' dtype; the arithmetic is float32, float64 where the parameter
     is. `decay_mask` is a tree of bools like `params`: which leaves decay (None: all).
     """
+    constants = _Constants(b1, b2, eps, weight_decay)
     return Optimizer(
-        init=partial(_init, ("mu", "nu")),
-        update=partial(_update, _adamw_leaf, _Constants(b1, b2, eps, weight_decay), decay_mask),
+        ("mu", "nu"), partial(_adamw_rule, constants), partial(_adam_scalars, constants), decay_mask
     )
 
 
@@ -71,9 +109,12 @@ def anyprecision_adamw(
     compensation too (there it is rounded away in bfloat16), and the arithmetic between a read
     and a write is float32. With b2 above 0.996 a bfloat16 second moment can no longer shrink.
     """
+    constants = _Constants(b1, b2, eps, weight_decay)
     return Optimizer(
-        init=partial(_init, ("mu", "nu", "compensation")),
-        update=partial(_update, _kahan_leaf, _Constants(b1, b2, eps, weight_decay), decay_mask),
+        ("mu", "nu", "compensation"),
+        partial(_kahan_rule, constants),
+        partial(_adam_scalars, constants),
+        decay_mask,
     )
 
 
@@ -88,60 +129,23 @@ class _Constants:
     weight_decay: float
 
 
-def _init(buffers: tuple[str, ...], params: Tree) -> OptState:
-    device = tree_leaves(params)[0].device
-    count = torch.zeros((), dtype=torch.int64, device=device)
-    return {"count": count, **{name: tree_map(torch.zeros_like, params) for name in buffers}}
-
-
-def _update(
-    leaf_update: Callable[..., tuple[Tensor, ...]],
-    constants: _Constants,
-    decay_mask: Tree | None,
-    grads: Tree,
-    opt_state: OptState,
-    params: Tree,
-    lr: Float[Tensor, ""],
-) -> tuple[Tree, OptState]:
-    flat, structure = tree_flatten(params)
-    decays = [True] * len(flat) if decay_mask is None else tree_leaves(decay_mask)
-    names = [name for name in opt_state if name != "count"]
-    buffers = [tree_leaves(opt_state[name]) for name in names]
-    count = opt_state["count"] + 1
-    scalars = {
-        dtype: _step_scalars(count, lr, constants, dtype)
-        for dtype in {_arithmetic_dtype(p) for p in flat}
-    }
-    new = [
-        leaf_update(p, g, *moments, scalars[_arithmetic_dtype(p)], constants, bool(decay))
-        for p, g, decay, *moments in zip(flat, tree_leaves(grads), decays, *buffers, strict=True)
-    ]
-    new_params, *new_buffers = (
-        tree_unflatten(list(leaves), structure) for leaves in zip(*new, strict=True)
-    )
-    return new_params, {"count": count, **dict(zip(names, new_buffers, strict=True))}
-
-
 def _arithmetic_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def _step_scalars(
-    count: Int[Tensor, ""], lr: Float[Tensor, ""], c: _Constants, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """lr / (1 - b1^t), sqrt(1 - b2^t) and 1 - lr weight_decay, made in float64."""
+def _adam_scalars(
+    c: _Constants, count: Int[Tensor, ""], lr: Float[Tensor, ""], dtype: torch.dtype, decays: bool
+) -> Scalars:
+    """lr / (1 - b1^t), sqrt(1 - b2^t) and the decay 1 - lr weight_decay, made in float64."""
     t, lr = count.to(torch.float64), lr.to(torch.float64)
     step_size = lr / (1.0 - c.b1**t)
     root_correction = (1.0 - c.b2**t).sqrt()
-    scalars = torch.stack([step_size, root_correction, 1.0 - lr * c.weight_decay]).to(dtype)
-    # A plain view would let inductor repeat the powers above for every element of every leaf;
-    # as_strided needs a buffer, so they are computed once.
-    first, second, third = (scalars.as_strided((), (), i) for i in range(3))
-    return first, second, third
+    kept = 1.0 - lr * c.weight_decay if decays else torch.ones_like(lr)
+    return step_size.to(dtype), root_correction.to(dtype), kept.to(dtype)
 
 
 def _moments(
-    g: Tensor, mu: Tensor, nu: Tensor, scalars: tuple[Tensor, ...], c: _Constants
+    c: _Constants, g: Tensor, mu: Tensor, nu: Tensor, scalars: Scalars
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The new moments and the parameter's step, in the dtype of `scalars`."""
     step_size, root_correction, _ = scalars
@@ -151,35 +155,26 @@ def _moments(
     return mu, nu, step_size * (mu / (nu.sqrt() / root_correction + c.eps))
 
 
-def _adamw_leaf(
-    p: Tensor,
-    g: Tensor,
-    mu: Tensor,
-    nu: Tensor,
-    scalars: tuple[Tensor, ...],
-    c: _Constants,
-    decay: bool,
+def _adamw_rule(
+    c: _Constants, p: Tensor, g: Tensor, mu: Tensor, nu: Tensor, scalars: Scalars
 ) -> tuple[Tensor, ...]:
-    new_mu, new_nu, change = _moments(g, mu, nu, scalars, c)
-    wide = p.to(change.dtype)
-    kept = wide * scalars[2] if decay and c.weight_decay else wide
+    new_mu, new_nu, change = _moments(c, g, mu, nu, scalars)
+    kept = p.to(change.dtype) * scalars[2]
     return (kept - change).to(p.dtype), new_mu.to(mu.dtype), new_nu.to(nu.dtype)
 
 
-def _kahan_leaf(
+def _kahan_rule(
+    c: _Constants,
     p: Tensor,
     g: Tensor,
     mu: Tensor,
     nu: Tensor,
     compensation: Tensor,
-    scalars: tuple[Tensor, ...],
-    c: _Constants,
-    decay: bool,
+    scalars: Scalars,
 ) -> tuple[Tensor, ...]:
-    new_mu, new_nu, change = _moments(g, mu, nu, scalars, c)
+    new_mu, new_nu, change = _moments(c, g, mu, nu, scalars)
     wide = p.to(change.dtype)
-    if decay and c.weight_decay:
-        change = change + (1.0 - scalars[2]) * wide
+    change = change + (1.0 - scalars[2]) * wide
     wanted = compensation.to(change.dtype) - change
     new = _round(wide + wanted, p.dtype)
     lost = wanted - (new - wide)

@@ -6,6 +6,7 @@ checkpoint targets are all derived from it.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from attrs import frozen
@@ -13,18 +14,23 @@ from torch import Tensor
 
 from omnistep.core import rng
 from omnistep.core.tree import Tree, map_with_name, tree_leaves, tree_map
+from omnistep.parallel.layout import Place, Strategy, extent, place, to_global
+from omnistep.parallel.mesh import Mesh
 
-Init = Callable[[Tensor, tuple[int, ...], torch.dtype], Tensor]
-"""(key, shape, dtype) -> values, on the key's device."""
+Init = Callable[[Tensor, tuple[int, ...], torch.dtype, rng.Block], Tensor]
+"""(key, shape, dtype, block) -> the values of a block of a tensor of this shape, on the key's
+device: the same ones whatever the block."""
 
 
 def normal(std: float) -> Init:
     """Independent normal values of mean 0."""
-    return lambda key, shape, dtype: rng.normal(key, shape, dtype).mul_(std)
+    return lambda key, shape, dtype, block: rng.normal(key, shape, dtype, block).mul_(std)
 
 
 def constant(value: float) -> Init:
-    return lambda key, shape, dtype: torch.full(shape, value, dtype=dtype, device=key.device)
+    return lambda key, shape, dtype, block: torch.full(
+        block.shape, value, dtype=dtype, device=key.device
+    )
 
 
 @frozen
@@ -56,11 +62,56 @@ def count(params: Tree) -> int:
     return sum(math.prod(leaf.shape) for leaf in tree_leaves(params))
 
 
-def abstract(params: Tree, dtype: torch.dtype) -> Tree:
-    """Tensors of the right shape and dtype on the meta device: no memory."""
-    return tree_map(
-        lambda p: torch.empty(p.shape, dtype=dtype, device="meta"), params, is_leaf=is_param
+@frozen(eq=False)
+class Layout:
+    """Where each parameter of a model lies on a mesh."""
+
+    mesh: Mesh
+    places: Tree
+    """Of Place, like the tree of Params."""
+    strategy: Strategy
+    dtype: torch.dtype
+    """In which weights are gathered and products computed."""
+    bucket: bool = False
+    """The weights of a layer travel as one message (fsdp1)."""
+
+    def map(self, function: Callable[..., Any], *trees: Tree) -> Tree:
+        """`function(leaf, its place, *leaves of the other trees)`."""
+        first, *rest = trees
+        return tree_map(function, first, self.places, *rest)
+
+
+def make_layout(
+    params: Tree,
+    mesh: Mesh,
+    strategy: Strategy,
+    dtype: torch.dtype,
+    *,
+    bucket: bool = False,
+) -> Layout:
+    """Raises MeshError, naming the parameter, where a size does not divide."""
+    places = map_with_name(
+        lambda name, p: place(name, p.shape, p.axes, mesh, strategy), params, is_leaf=is_param
     )
+    return Layout(mesh, places, strategy, dtype, bucket)
+
+
+def one_rank(params: Tree, dtype: torch.dtype) -> Layout:
+    return make_layout(params, Mesh(torch.device("cpu")), "ddp", dtype)
+
+
+def abstract(params: Tree, dtype: torch.dtype, layout: Layout | None = None) -> Tree:
+    """Tensors (on a mesh: DTensors) of the right shape and dtype on the meta device: no memory."""
+
+    def make(p: Param, at: Place | None = None) -> Tensor:
+        if at is None or layout is None:
+            return torch.empty(p.shape, dtype=dtype, device="meta")
+        shape, _ = extent(at, layout.mesh)
+        return to_global(torch.empty(shape, dtype=dtype, device="meta"), at, layout.mesh)
+
+    if layout is None:
+        return tree_map(make, params, is_leaf=is_param)
+    return tree_map(make, params, layout.places, is_leaf=is_param)
 
 
 def decay_mask(params: Tree) -> Tree:
@@ -68,12 +119,26 @@ def decay_mask(params: Tree) -> Tree:
     return tree_map(lambda p: p.decay, params, is_leaf=is_param)
 
 
-def initialize(params: Tree, key: Tensor, dtype: torch.dtype, device: torch.device) -> Tree:
+def initialize(
+    params: Tree,
+    key: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: Layout | None = None,
+) -> Tree:
     """Initial values. Each is a function of (key, the parameter's dotted name) alone, the same
-    whatever the other parameters and whatever the device the values are made on (`key.device`);
-    they end up on `device`."""
-    return map_with_name(
-        lambda name, p: p.init(rng.name_key(key, name), p.shape, dtype).to(device),
-        params,
-        is_leaf=is_param,
-    )
+    whatever the other parameters, the mesh and the device the values are made on (`key.device`);
+    they end up on `device`. A rank makes only its own pieces."""
+
+    def make(name: str, p: Param, at: Place | None = None) -> Tensor:
+        named = rng.name_key(key, name)
+        if at is None or layout is None:
+            whole = rng.Block((0,) * len(p.shape), p.shape)
+            return p.init(named, p.shape, dtype, whole).to(device)
+        shape, offset = extent(at, layout.mesh)
+        piece = p.init(named, p.shape, dtype, rng.Block(offset, shape)).to(device)
+        return to_global(piece, at, layout.mesh)
+
+    if layout is None:
+        return map_with_name(make, params, is_leaf=is_param)
+    return map_with_name(make, params, layout.places, is_leaf=is_param)

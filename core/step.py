@@ -1,10 +1,17 @@
 """The step: one pure function from (state, batch) to (state, metrics).
 
-`make_train_step` builds it from a loss, an optimizer and a schedule. Two parts are compiled,
-each as a full graph: the loss with its backward pass, and the update.
+`make_train_step` builds it from a loss, an optimizer and a schedule, for one rank or a mesh:
+
+1. weights that no function gathers for itself are gathered (core.param.Layout says which);
+2. the loss and its gradient, micro-batch by micro-batch, or through a pipeline of stages;
+3. gradients are summed over the ranks that need it, and the numbers that all ranks report;
+4. the update, leaf by leaf, each rank on the pieces it holds.
+
+A plain loss is compiled as one full graph; a loss in `Stages` compiles its own parts, which keeps
+the time to compile the same whatever the number of layers. The update is one compiled loop.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +20,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from omnistep.core import rng
-from omnistep.core.compile import compile_graph
+from omnistep.core.compile import any_length, compile_graph
 from omnistep.core.optim import Optimizer
+from omnistep.core.param import Layout
 from omnistep.core.tree import Tree, pytree, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from omnistep.parallel.collectives import all_reduce
+from omnistep.parallel.layout import to_local
+from omnistep.parallel.mesh import Mesh
+from omnistep.parallel.pipeline import Link, one_forward_one_backward
+from omnistep.parallel.unshard import gather_once, reduce_once
 
 Schedule = Callable[[Int[Tensor, ""]], Float[Tensor, ""]]
 """step -> learning rate"""
@@ -33,7 +46,8 @@ class TrainState:
 
 
 class LossOutput(NamedTuple):
-    """What a loss returns: sums over the micro-batch, so that any split of a batch adds up.
+    """What a loss returns: this rank's share of the sums over the micro-batch, so that any split of
+    a batch adds up.
 
     The step minimises sum(total) / sum(weight) over the global batch. `metrics` are further
     sums; they are reported divided by the same weight.
@@ -50,6 +64,33 @@ LossFn = Callable[[Tree, Any, Tensor], LossOutput]
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, dict[str, Tensor]]]
 
 
+@frozen(eq=False)
+class Stages:
+    """A loss in three parts, so that a pipeline can run them on different ranks.
+
+    Called, it is the whole loss. Its parts compile themselves (or not): the step does not.
+    """
+
+    first: Callable[[Tree, Any], Tensor]
+    """(params, batch) -> what the layers read"""
+    middle: Callable[[Tree, Tensor, Any], Tensor]
+    """(params, x, batch) -> the same shape, after this rank's layers"""
+    last: Callable[[Tree, Tensor, Any, Tensor], LossOutput]
+    """(params, x, batch, key) -> loss"""
+    carry: Callable[[Any], Tensor]
+    """batch -> a meta tensor: shape and dtype of x"""
+    metrics: tuple[str, ...] = ()
+    """Names in LossOutput.metrics."""
+
+    def __call__(self, params: Tree, batch: Any, key: Tensor) -> LossOutput:
+        x = self.middle(params, self.first(params, batch), batch)
+        return self.last(params, x, batch, key)
+
+
+Gradients = Callable[[Tree, Sequence[Any], Sequence[Tensor]], tuple[LossOutput, Tree]]
+"""(params, micro-batches, a key for each) -> (LossOutput, gradients of total), summed over them"""
+
+
 def init_state(params: Tree, optimizer: Optimizer, key: Tensor) -> TrainState:
     device = tree_leaves(params)[0].device
     return TrainState(
@@ -60,29 +101,118 @@ def init_state(params: Tree, optimizer: Optimizer, key: Tensor) -> TrainState:
     )
 
 
-def value_and_grad(loss_fn: LossFn) -> Callable[..., tuple[LossOutput, Tree]]:
-    """(params, *rest) -> (LossOutput, gradients of total, a tree like params)."""
+def value_and_grad(loss_fn: LossFn) -> Gradients:
+    """One micro-batch after another."""
 
-    def function(params: Tree, *rest: Any) -> tuple[LossOutput, Tree]:
-        leaves, structure = tree_flatten(params)
-        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    def one(leaves: list[Tensor], structure: Any, *rest: Any) -> tuple[LossOutput, list]:
         out = loss_fn(tree_unflatten(leaves, structure), *rest)
-        grads = torch.autograd.grad(out.total, leaves, allow_unused=True)
-        grads = [
-            torch.zeros_like(leaf) if grad is None else grad
-            for leaf, grad in zip(leaves, grads, strict=True)
-        ]
-        return tree_map(torch.Tensor.detach, out), tree_unflatten(grads, structure)
+        return _detach(out), _grads(out.total, leaves)
+
+    def function(params: Tree, micros: Sequence[Any], keys: Sequence[Tensor]):
+        leaves, structure = _differentiable(params)
+        sums = None, None
+        for micro, key in zip(micros, keys, strict=True):
+            sums = _add(sums, one(leaves, structure, micro, key))
+        out, grads = sums
+        assert out is not None and grads is not None
+        return out, tree_unflatten(_filled(grads, leaves), structure)
 
     return function
 
 
-def global_norm(grads: Tree) -> Float[Tensor, ""]:
-    """Euclidean norm over all leaves, accumulated in fp32 or better."""
-    squares = [
-        (g if g.dtype == torch.float64 else g.float()).square().sum() for g in tree_leaves(grads)
-    ]
-    return torch.stack(squares).sum().sqrt()
+def pipelined_value_and_grad(loss: Stages, mesh: Mesh) -> Gradients:
+    """This rank's stage of a pipeline, one forward and one backward in turn (1F1B): a stage holds
+    the activations of at most as many micro-batches as there are stages after it, and its own.
+
+    Every rank returns gradients for all leaves, zero for those its stage does not use, and a
+    LossOutput that is zero but on the last stage: sums over pp are right.
+    """
+    link = Link(mesh.group("pp"))
+    stage, last = link.group.index, link.group.size - 1
+
+    def function(params: Tree, micros: Sequence[Any], keys: Sequence[Tensor]):
+        leaves, structure = _differentiable(params)
+        tree = tree_unflatten(leaves, structure)
+        sums: tuple[Any, Any] = (_no_output(loss, leaves), None)
+        held: dict[int, tuple[Tensor | None, Tensor]] = {}
+        for action, i in one_forward_one_backward(last + 1, len(micros), stage):
+            if action == "forward":
+                x = None
+                if stage == 0:
+                    y = loss.first(tree, micros[i])
+                else:
+                    x = y = link.receive(loss.carry(micros[i]), leaves[0].device).requires_grad_()
+                y = loss.middle(tree, y, micros[i])
+                if stage == last:
+                    out = loss.last(tree, y, micros[i], keys[i])
+                    y, sums = out.total, (tree_map(torch.add, sums[0], _detach(out)), sums[1])
+                else:
+                    link.send(y.detach())
+                held[i] = (x, y)
+                continue
+            x, y = held.pop(i)
+            grad = None if stage == last else link.receive_back(loss.carry(micros[i]), y.device)
+            wanted = leaves if x is None else [x, *leaves]
+            grads = _grads(y, wanted, grad)
+            if x is not None:
+                link.send_back(grads.pop(0))
+            sums = sums[0], _add_grads(sums[1], grads)
+        link.finish()
+        return sums[0], tree_unflatten(_filled(sums[1], leaves), structure)
+
+    return function
+
+
+def _differentiable(params: Tree) -> tuple[list[Tensor], Any]:
+    leaves, structure = tree_flatten(params)
+    return [leaf.detach().requires_grad_() for leaf in leaves], structure
+
+
+def _grads(y: Tensor, leaves: list[Tensor], grad: Tensor | None = None) -> list:
+    return list(torch.autograd.grad(y, leaves, grad, allow_unused=True))
+
+
+def _detach(out: LossOutput) -> LossOutput:
+    return tree_map(torch.Tensor.detach, out)
+
+
+def _add(sums: tuple[Any, Any], new: tuple[LossOutput, list]) -> tuple[LossOutput, list]:
+    out = new[0] if sums[0] is None else tree_map(torch.add, sums[0], new[0])
+    return out, _add_grads(sums[1], new[1])
+
+
+def _add_grads(sums: list | None, new: list) -> list:
+    if sums is None:
+        return new
+    both = [(s, n) for s, n in zip(sums, new, strict=True) if s is not None and n is not None]
+    if both:
+        torch._foreach_add_([s for s, _ in both], [n for _, n in both])
+    return [n if s is None else s for s, n in zip(sums, new, strict=True)]
+
+
+def _filled(grads: list, leaves: list[Tensor]) -> list[Tensor]:
+    """Zeros for leaves that the loss does not use."""
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]
+
+
+def _no_output(loss: Stages, leaves: list[Tensor]) -> LossOutput:
+    dtype = torch.float64 if leaves[0].dtype == torch.float64 else torch.float32
+    zero = torch.zeros((), dtype=dtype, device=leaves[0].device)
+    return LossOutput(zero, zero, dict.fromkeys(loss.metrics, zero))
+
+
+def sum_of_squares(grads: Tree, copies: Tree | None = None) -> Float[Tensor, ""]:
+    """Of all leaves, in fp32 or better. copies: how many ranks hold each piece; each counts its
+    part, so that the sum over all ranks is that of the whole."""
+    leaves = tree_leaves(grads)
+    shares = [1] * len(leaves) if copies is None else tree_leaves(copies)
+    # rows first: one long sum in fp32 would lose digits
+    rows = [torch.linalg.vector_norm(g, dim=-1, dtype=_wide(g)) if g.ndim else g for g in leaves]
+    return torch.stack([r.square().sum() / n for r, n in zip(rows, shares, strict=True)]).sum()
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
@@ -93,10 +223,11 @@ def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
 
 
 def make_train_step(
-    loss_fn: LossFn,
+    loss_fn: LossFn | Stages,
     optimizer: Optimizer,
     schedule: Schedule,
     *,
+    layout: Layout | None = None,
     accumulate: int = 1,
     max_grad_norm: float = 1.0,
     compile: bool = True,
@@ -106,7 +237,9 @@ def make_train_step(
 
     Args:
         loss_fn: pure; sees one micro-batch and a key that is different at every step and
-            micro-batch. Must trace as one graph when `compile`.
+            micro-batch. Must trace as one graph when `compile`; `Stages` compile themselves.
+        layout: where the parameters lie on a mesh; None is one rank. The loss sees this rank's
+            pieces, as plain tensors, and this rank's part of the batch.
         accumulate: micro-batches per step. Above 1 each leaf of the batch has a leading axis of
             this size.
         max_grad_norm: clips the gradient of the mean loss by its global norm; 0 does not clip.
@@ -114,76 +247,140 @@ def make_train_step(
         donate: the new state takes over the buffers of the old one, which must not be used
             afterwards. False keeps the old state, at the price of a second copy.
 
-    Metrics, all 0-d tensors: loss (mean over the global weight), weight, grad_norm (before
-    clipping), lr, skipped (1 where a non-finite norm left parameters and optimizer state as they
-    were; the step still counts), and the loss's own.
+    Metrics, all 0-d tensors, equal on every rank: loss (mean over the global weight), weight,
+    grad_norm (before clipping), lr, skipped (1 where a non-finite norm left parameters and
+    optimizer state as they were; the step still counts), and the loss's own.
     """
+    mesh = None if layout is None else layout.mesh
+    if mesh is not None and mesh.size("pp") > 1:
+        if not isinstance(loss_fn, Stages):
+            raise ValueError("a pipeline (pp above 1) needs a loss in Stages, not one function")
+        gradients = pipelined_value_and_grad(loss_fn, mesh)
+    elif compile and not isinstance(loss_fn, Stages):
+        gradients = value_and_grad(compile_graph(loss_fn))
+    else:
+        gradients = value_and_grad(loss_fn)
 
-    def update(
-        step: Tensor, old: tuple[Tree, Tree], grads: Tree, out: LossOutput
-    ) -> tuple[tuple[Tree, Tree], dict[str, Tensor]]:
-        """old and new: (params, opt_state)."""
-        params, opt_state = old
-        inverse_weight = 1.0 / out.weight.clamp(min=torch.finfo(torch.float32).tiny)
-        norm = global_norm(grads) * inverse_weight
-        finite = torch.isfinite(norm)
-        scale = inverse_weight * clip_scale(norm, max_grad_norm)
-        lr = schedule(step)
-        scaled = tree_map(lambda g: g * scale.to(g.dtype), grads)
-        new = optimizer.update(scaled, opt_state, params, lr)
-        new = tree_map(lambda n, o: torch.where(finite, n, o), new, old)
-        if donate:
-            new = tree_map(lambda o, n: o.copy_(n), old, new)
-        metrics = {
-            "loss": out.total * inverse_weight,
-            "weight": out.weight,
-            "grad_norm": norm,
-            "lr": lr,
-            "skipped": (~finite).float(),
-            **{name: value * inverse_weight for name, value in out.metrics.items()},
-        }
-        return new, metrics
+    def new_leaf(old: tuple[Tensor, ...], grad: Tensor, scalars: Any) -> tuple[Tensor, ...]:
+        """The optimizer's rule on one leaf's (parameter, *buffers)."""
+        scale, finite, of_rule = scalars
+        new = optimizer.rule(old[0], grad * scale, *old[1:], of_rule)
+        new = tuple(torch.where(finite, n, o) for n, o in zip(new, old, strict=True))
+        return tuple(o.copy_(n) for o, n in zip(old, new, strict=True)) if donate else new
 
-    compiled_grads = value_and_grad(compile_graph(loss_fn) if compile else loss_fn)
-    compiled_update = compile_graph(update) if compile else update
+    update_leaf = compile_graph(new_leaf) if compile else new_leaf
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Tensor]]:
         micros = [batch] if accumulate == 1 else _unstack(batch, accumulate)
-        out, grads = None, None
-        for i, micro_batch in enumerate(micros):
-            # outside of the graph: hashing is many small operations, slow to trace
-            key = rng.fold_in(state.key, state.step * accumulate + i)
-            new_out, new_grads = compiled_grads(state.params, micro_batch, key)
-            if out is None:
-                out, grads = new_out, new_grads
-            else:
-                out = tree_map(torch.add, out, new_out)
-                torch._foreach_add_(tree_leaves(grads), tree_leaves(new_grads))
+        keys = [rng.fold_in(state.key, state.step * accumulate + i) for i in range(len(micros))]
+        params = tree_map(to_local, state.params)
+        if layout is None:
+            out, grads = gradients(params, micros, keys)
+            squares = sum_of_squares(grads)
+        else:
+            used = layout.map(lambda p, at: gather_once(p, at, layout.dtype), params)
+            out, grads = gradients(used, micros, keys)
+            del used
+            grads = layout.map(lambda g, at, p: reduce_once(g, at).to(p.dtype), grads, params)
+            copies = layout.map(lambda g, at: at.reduce.size, grads)
+            squares = sum_of_squares(grads, copies)
+            out, squares = _sum_over_ranks(out, squares, layout.mesh)
         with torch.no_grad():
-            (params, opt_state), metrics = compiled_update(
-                state.step, (state.params, state.opt_state), grads, out
+            inverse_weight = 1.0 / out.weight.clamp(min=torch.finfo(torch.float32).tiny)
+            norm = squares.sqrt() * inverse_weight
+            finite = torch.isfinite(norm)
+            scale = inverse_weight * clip_scale(norm, max_grad_norm)
+            lr = schedule(state.step)
+
+            def rule(param: Tensor, grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+                *buffers, of_rule = rest
+                old = (param, *buffers)
+                flat = tuple(_flat(to_local(x)) for x in old)
+                scalars = (scale.to(grad.dtype), finite, of_rule)
+                new = update_leaf(flat, any_length(grad.reshape(flat[0].shape)), scalars)
+                return old if donate else tuple(map(_like, new, old))
+
+            params, opt_state = optimizer.update(
+                grads, state.opt_state, state.params, lr, rule=rule
             )
+            count = torch.where(finite, opt_state["count"], state.opt_state["count"])
+            metrics = {
+                "loss": out.total * inverse_weight,
+                "weight": out.weight,
+                "grad_norm": norm,
+                "lr": lr,
+                "skipped": (~finite).float(),
+                **{name: value * inverse_weight for name, value in out.metrics.items()},
+            }
+            opt_state = {**opt_state, "count": count}
             return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return train_step
 
 
 def make_eval_step(
-    loss_fn: LossFn, *, compile: bool = True
+    loss_fn: LossFn | Stages, *, layout: Layout | None = None, compile: bool = True
 ) -> Callable[[Tree, Any, Tensor], tuple[Tensor, Tensor]]:
-    """(params, micro_batch, key) -> (total, weight) of the loss, without gradients."""
-
-    def evaluate(params: Tree, batch: Any, key: Tensor) -> tuple[Tensor, Tensor]:
-        out = loss_fn(params, batch, key)
-        return out.total, out.weight
-
-    evaluate = compile_graph(evaluate) if compile else evaluate
+    """(params, micro_batch, key) -> (total, weight) of the loss, summed over all ranks, without
+    gradients."""
+    if compile and not isinstance(loss_fn, Stages):
+        loss_fn = compile_graph(loss_fn)
+    if layout is not None and layout.mesh.size("pp") > 1:
+        assert isinstance(loss_fn, Stages)
+        loss_fn = _pipelined_loss(loss_fn, layout.mesh)
 
     def eval_step(params: Tree, batch: Any, key: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            return evaluate(params, batch, key)
+            params = tree_map(to_local, params)
+            if layout is None:
+                out = loss_fn(params, batch, key)
+                return out.total, out.weight
+            params = layout.map(lambda p, at: gather_once(p, at, layout.dtype), params)
+            out = loss_fn(params, batch, key)
+            out, _ = _sum_over_ranks(out, torch.zeros_like(out.total), layout.mesh)
+            return out.total, out.weight
 
     return eval_step
+
+
+def _pipelined_loss(loss: Stages, mesh: Mesh) -> LossFn:
+    link = Link(mesh.group("pp"))
+    stage, last = link.group.index, link.group.size - 1
+
+    def function(params: Tree, batch: Any, key: Tensor) -> LossOutput:
+        device = tree_leaves(params)[0].device
+        x = loss.first(params, batch) if stage == 0 else link.receive(loss.carry(batch), device)
+        x = loss.middle(params, x, batch)
+        if stage == last:
+            return loss.last(params, x, batch, key)
+        link.send(x)
+        link.finish()
+        return _no_output(loss, tree_leaves(params))
+
+    return function
+
+
+def _sum_over_ranks(
+    out: LossOutput, squares: Tensor, mesh: Mesh
+) -> tuple[LossOutput, Float[Tensor, ""]]:
+    """The sums over all ranks, by one message."""
+    names = sorted(out.metrics)
+    values = [out.total, out.weight, squares, *(out.metrics[name] for name in names)]
+    sums = all_reduce(torch.stack([v.double() for v in values]), mesh.world)
+    total, weight, squares, *rest = (s.to(v.dtype) for s, v in zip(sums, values, strict=True))
+    return LossOutput(total, weight, dict(zip(names, rest, strict=True))), squares
+
+
+def _flat(x: Tensor) -> Tensor:
+    return any_length(x.view(-1)) if x.is_contiguous() else x
+
+
+def _like(new: Tensor, old: Tensor) -> Tensor:
+    """`new`, flat and local, in the shape and on the mesh of `old`."""
+    local = new.view(to_local(old).shape)
+    if local.shape == old.shape and type(old) is Tensor:
+        return local
+    return old.__class__.from_local(local, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride())  # pyright: ignore
 
 
 def _unstack(batch: Any, count: int) -> list[Any]:

@@ -1,15 +1,18 @@
 // Causal attention within the samples of packed rows, forward and backward, for CPUs.
 //
 // Which key a query sees
-//   Query i of a row sees the keys lo(i) .. i, where lo(i) is the first token of its sample or of
-//   its window, whichever is later. lo never decreases along a row, so the scores that exist form
-//   a band below the diagonal. Everything here is organised so that work outside it is not done.
+//   Query i of a row sees the keys lo(i) .. hi(i) - 1. Neither bound decreases along a row, so the
+//   scores that exist form a band. Everything here is organised so that work outside it is not
+//   done. Where queries and keys are the same tokens, hi(i) = i + 1 and lo(i) is the first token of
+//   i's sample or of its window, whichever is later. In a ring they are tokens of two ranks, and
+//   both bounds are given; many queries then see nothing.
 //
 // How the work is cut
 //   row -> spans -> blocks -> tiles.
 //   * A span is a run of whole samples: nothing crosses its ends, so it is a problem of its own.
-//     Each long sample is one span; short samples share one until they fill a block. Tasks (span x
-//     head, and in the forward pass runs of queries of a span) are what threads take from a queue.
+//     Each long sample is one span; short samples share one until they fill a block; queries that
+//     see nothing are in none. Tasks (span x head, and in the forward pass runs of queries of a
+//     span) are what threads take from a queue.
 //   * A block is kQueries x kKeys scores. Its operands sit in L2, what is being reused in L1.
 //   * A tile is kTileRows x kPanel scores: it is held in registers while it is being summed, and is
 //     the unit that is skipped when the band misses it.
@@ -26,7 +29,9 @@
 //
 // The mathematics (Dao 2023, FlashAttention-2, algorithms 1 and 2), in base 2 inside
 //   forward   S = scale Q K^T,  P = exp(S - rowmax),  O = P V / rowsum(P), keys block by block with
-//             the running maximum and sum of each row; the logsumexp of each row is kept.
+//             the running maximum and sum of each row; the logsumexp of each row is kept. (O, that
+//             logsumexp, 1) is itself such a running state: from there a ring goes on with the
+//             next rank's keys, and in its backward pass O and the logsumexp are those of all keys.
 //   backward  P = exp(S - logsumexp),  dV = P^T dO,  dP = dO V^T,  D = rowsum(dO * O),
 //             dS = P * (dP - D),  dQ = scale dS K,  dK = scale dS^T Q.
 
@@ -358,9 +363,10 @@ INLINE void add_transposed_product(Panels<T> c, Panels<T> a, int a_panel, Panels
 // The band: which tiles of a block exist, in coordinates of the span.
 
 struct Span {
-  int row, first, length;
-  bool padding;   // nothing but samples of one token
-  const int* lo;  // of its tokens, counted from the span's first
+  int row, first, length;  // its queries
+  int key, keys;           // its keys: the first, and how many
+  bool padding;            // nothing but samples of one token; keys and queries are the same tokens
+  const int *lo, *hi;      // of its queries, counted from the span's first key
 };
 
 struct Range {
@@ -371,17 +377,18 @@ struct Range {
 template <typename T> struct Block {
   int query, queries;  // first query, and how many
   int key, keys;
-  const int* lo;  // of the block's queries
+  const int *lo, *hi;  // of the block's queries
   Range panels[kQueries / kTileRows];  // of each tile row: the panels of keys that exist
   Range tiles[kKeys / kPanel<T>];      // of each panel: the rows (whole tiles) that exist
   int tile_count = 0;
 
   Block(const Span& span, int query, int queries, int key, int keys)
-      : query(query), queries(queries), key(key), keys(keys), lo(span.lo + query) {
+      : query(query), queries(queries), key(key), keys(keys), lo(span.lo + query),
+        hi(span.hi + query) {
     for (int row = 0, t = 0; row < queries; row += kTileRows, ++t) {
       const int bottom = std::min(row + kTileRows, queries) - 1;
       const int from = std::max(lo[row] - key, 0);
-      const int to = std::min(query + bottom - key, keys - 1);
+      const int to = std::min(hi[bottom] - key, keys) - 1;
       if (from > to) continue;
       panels[t] = {from / kPanel<T>, to / kPanel<T> + 1};
       tile_count += panels[t].last - panels[t].first;
@@ -389,7 +396,7 @@ template <typename T> struct Block {
         if (tiles[p].empty()) tiles[p].first = row;
         tiles[p].last = row + kTileRows;
         const int left = key + p * kPanel<T>, right = left + kPanel<T> - 1;
-        if (lo[bottom] <= left && right <= query + row) whole_[t] |= 1u << p;
+        if (lo[bottom] <= left && right < hi[row]) whole_[t] |= 1u << p;
       }
     }
   }
@@ -402,16 +409,16 @@ template <typename T> struct Block {
     row = std::min(row, queries - 1);
     const Mask<T> lane = lane_index<T>(key + panel * kPanel<T> + v * kLanes<T>);
     using Bits = typename Simd<T>::Bits;
-    return (lane >= Bits(lo[row])) & (lane <= Bits(query + row));
+    return (lane >= Bits(lo[row])) & (lane < Bits(hi[row]));
   }
 
  private:
   uint32_t whole_[kQueries / kTileRows] = {};  // a bit for each panel
 };
 
-// Whether any query of a block sees any of its keys: lo does not decrease, so the corners tell.
+// Whether any query of a block sees any of its keys: lo and hi do not decrease: the corners tell.
 inline bool touches(const Span& span, int query, int queries, int key, int keys) {
-  return key <= query + queries - 1 && span.lo[query] < key + keys;
+  return key < span.hi[query + queries - 1] && span.lo[query] < key + keys;
 }
 
 // A thread's memory: arrays that begin on cache lines and live as long as this.
@@ -436,13 +443,16 @@ class Scratch {
 };
 
 template <typename T> struct Problem {
-  int rows, seq, heads, kv_heads, head_dim;
+  int rows, seq, heads, kv_heads, head_dim, key_seq;  // key_seq: keys of a row
   Strided<const T> q, k, v;
   T scale;
 
-  // Of a token's head in a contiguous [rows, seq, of_heads, head_dim], and in [rows, heads, seq].
-  int64_t offset(int row, int token, int of_heads, int head) const {
-    return ((int64_t(row) * seq + token) * of_heads + head) * head_dim;
+  // Of a token's head in contiguous tensors of the shapes of q and of k, and in [rows, heads, seq].
+  int64_t offset(int row, int token, int head) const {
+    return ((int64_t(row) * seq + token) * heads + head) * head_dim;
+  }
+  int64_t kv_offset(int row, int token, int kv_head) const {
+    return ((int64_t(row) * key_seq + token) * kv_heads + kv_head) * head_dim;
   }
   int64_t lse_offset(int row, int head, int token) const {
     return (int64_t(row) * heads + head) * seq + token;
@@ -463,7 +473,7 @@ void forward_padding(const Problem<T>& problem, const Span& span, int head, T* o
   for (int i = span.first; i < span.first + span.length; ++i) {
     const T* v = problem.v.at(span.row, i, kv_head);
     const T* k = problem.k.at(span.row, i, kv_head);
-    std::copy(v, v + dim, out + problem.offset(span.row, i, problem.heads, head));
+    std::copy(v, v + dim, out + problem.offset(span.row, i, head));
     lse[problem.lse_offset(span.row, head, i)] =
         problem.scale * dot(problem.q.at(span.row, i, head), k, dim);
   }
@@ -474,11 +484,11 @@ void backward_padding(const Problem<T>& problem, const Span& span, int kv_head,
                       Strided<const T> out_grad, T* q_grad, T* k_grad, T* v_grad) {
   const int dim = problem.head_dim, group = problem.heads / problem.kv_heads;
   for (int i = span.first; i < span.first + span.length; ++i) {
-    const int64_t to = problem.offset(span.row, i, problem.kv_heads, kv_head);
+    const int64_t to = problem.kv_offset(span.row, i, kv_head);
     std::fill(k_grad + to, k_grad + to + dim, T(0));
     std::fill(v_grad + to, v_grad + to + dim, T(0));
     for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-      T* q_to = q_grad + problem.offset(span.row, i, problem.heads, head);
+      T* q_to = q_grad + problem.offset(span.row, i, head);
       std::fill(q_to, q_to + dim, T(0));
       const T* grad = out_grad.at(span.row, i, head);
       for (int d = 0; d < dim; ++d) v_grad[to + d] += grad[d];
@@ -577,27 +587,45 @@ template <typename T> struct Forward {
     }
   }
 
+  // The state before the first key: empty, or (resume) what `out` and `lse` say of earlier keys.
+  void begin(const Problem<T>& problem, const Span& span, int head, int start, int count,
+             int padded, const T* out, const T* lse, bool resume) {
+    const T nothing = -std::numeric_limits<T>::infinity();
+    std::fill(maximum, maximum + padded, nothing);
+    std::fill(total, total + padded, T(0));
+    if (!resume) {
+      for (int p = 0; p < problem.panels(); ++p) std::fill(o.at(p, 0), o.at(p, padded), T(0));
+      return;
+    }
+    const int token = span.first + start, dim = problem.head_dim;
+    pack(o, 0, out + problem.offset(span.row, token, head), int64_t(problem.heads) * dim, count,
+         padded, dim);
+    for (int i = 0; i < count; ++i) {
+      maximum[i] = T(1 / kLn2) * lse[problem.lse_offset(span.row, head, token + i)];
+      total[i] = maximum[i] == nothing ? T(0) : T(1);
+    }
+  }
+
   // Queries start.. of the span: to `out` [rows, seq, heads, head_dim], `lse` [rows, heads, seq].
   // Returns the number of tiles of scores computed.
-  int64_t run(const Problem<T>& problem, const Span& span, int head, int start, T* out, T* lse) {
+  int64_t run(const Problem<T>& problem, const Span& span, int head, int start, T* out, T* lse,
+              bool resume) {
     const int count = std::min(kRunQueries, span.length - start);
     const int padded = ceil_div(count, kTileRows) * kTileRows;
     const int kv_head = problem.kv_head(head), dim = problem.head_dim;
     int64_t tiles = 0;
     pack(q, 0, problem.q.at(span.row, span.first + start, head), problem.q.token, count, padded,
          dim);
-    for (int p = 0; p < problem.panels(); ++p)
-      std::fill(o.at(p, 0), o.at(p, padded), T(0));
-    std::fill(maximum, maximum + padded, -std::numeric_limits<T>::infinity());
-    std::fill(total, total + padded, T(0));
-    for (int key = span.lo[start]; key < start + count; key += kKeys) {
-      const int keys = std::min(kKeys, start + count - key);
+    begin(problem, span, head, start, count, padded, out, lse, resume);
+    const int end = span.hi[start + count - 1];
+    for (int key = span.lo[start]; key < end; key += kKeys) {
+      const int keys = std::min(kKeys, end - key);
       bool packed = false;
       for (int at = 0; at < count; at += kQueries) {
         const int queries = std::min(kQueries, count - at);
         if (!touches(span, start + at, queries, key, keys)) continue;
         if (!packed) {
-          const int64_t token = span.first + key;
+          const int64_t token = span.key + key;
           pack_transposed(k_t, problem.k.at(span.row, token, kv_head), problem.k.token, keys, dim);
           pack(v, 0, problem.v.at(span.row, token, kv_head), problem.v.token, keys,
                ceil_div(keys, kPanel<T>) * kPanel<T>, dim);
@@ -612,7 +640,7 @@ template <typename T> struct Forward {
     }
     for (int i = 0; i < count; ++i) {
       const int token = span.first + start + i;
-      T* to = out + problem.offset(span.row, token, problem.heads, head);
+      T* to = out + problem.offset(span.row, token, head);
       unpack_row<false>(o, i, to, dim, T(1) / total[i]);
       lse[problem.lse_offset(span.row, head, token)] =
           T(kLn2) * (maximum[i] + std::log2(total[i]));
@@ -716,7 +744,7 @@ template <typename T> struct Backward {
       lse[i] = delta[i] = 0;
       if (i >= span.length) continue;
       const int token = span.first + i;
-      delta[i] = dot(out + problem.offset(span.row, token, problem.heads, head),
+      delta[i] = dot(out + problem.offset(span.row, token, head),
                      out_grad.at(span.row, token, head), dim);
       lse[i] = T(1 / kLn2) * logsumexp[problem.lse_offset(span.row, head, token)];
     }
@@ -731,17 +759,18 @@ template <typename T> struct Backward {
     int64_t tiles = 0;
     for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
       pack_queries(problem, span, head, out, out_grad, logsumexp, padded);
-      for (int key = 0; key < span.length; key += kKeys) {
-        const int keys = std::min(kKeys, span.length - key);
-        const T* k_from = problem.k.at(span.row, span.first + key, kv_head);
-        const T* v_from = problem.v.at(span.row, span.first + key, kv_head);
+      for (int key = 0; key < span.keys; key += kKeys) {
+        const int keys = std::min(kKeys, span.keys - key);
+        const T* k_from = problem.k.at(span.row, span.key + key, kv_head);
+        const T* v_from = problem.v.at(span.row, span.key + key, kv_head);
         pack_transposed(k_t, k_from, problem.k.token, keys, dim);
         pack_transposed(v_t, v_from, problem.v.token, keys, dim);
         pack(k, 0, k_from, problem.k.token, keys, ceil_div(keys, kPanel<T>) * kPanel<T>, dim);
         const int64_t size = int64_t(kKeys) * problem.panels() * kPanel<T>;
         std::fill(d_k.data, d_k.data + size, T(0));
         std::fill(d_v.data, d_v.data + size, T(0));
-        for (int query = key / kQueries * kQueries; query < span.length; query += kQueries) {
+        const int seer = int(std::upper_bound(span.hi, span.hi + span.length, key) - span.hi);
+        for (int query = seer / kQueries * kQueries; query < span.length; query += kQueries) {
           const int queries = std::min(kQueries, span.length - query);
           if (!touches(span, query, queries, key, keys)) break;  // lo never decreases
           const Block<T> block(span, query, queries, key, keys);
@@ -752,13 +781,13 @@ template <typename T> struct Backward {
           query_gradients(problem, block);
           tiles += block.tile_count;
         }
-        const int64_t to = problem.offset(span.row, span.first + key, problem.kv_heads, kv_head);
+        const int64_t to = problem.kv_offset(span.row, span.key + key, kv_head);
         const int64_t stride = int64_t(problem.kv_heads) * dim;
         const bool add = head > kv_head * group;
         unpack(d_k, k_grad + to, stride, keys, dim, problem.scale, add);
         unpack(d_v, v_grad + to, stride, keys, dim, T(1), add);
       }
-      unpack(d_q, q_grad + problem.offset(span.row, span.first, problem.heads, head),
+      unpack(d_q, q_grad + problem.offset(span.row, span.first, head),
              int64_t(problem.heads) * dim, span.length, dim, problem.scale, false);
     }
     return tiles;
@@ -769,7 +798,7 @@ template <typename T> struct Backward {
 // Entry: from `starts` to spans, from spans to tasks, tasks to threads.
 
 struct Band {
-  std::vector<int> lo;  // [rows * seq], counted from the span's first token
+  std::vector<int> lo, hi;  // [rows * seq]: in tokens of the row, until spans count from their own
   std::vector<Span> spans;
   int longest = 0;  // span that is not padding
 };
@@ -783,41 +812,50 @@ int64_t impossible_start(const int32_t* starts, int rows, int seq) {
   return -1;
 }
 
-Band band_of(const int32_t* starts, int rows, int seq, int64_t window) {
-  Band band;
-  band.lo.resize(int64_t(rows) * seq);
+// The first query (row * seq + index) with a bound that decreases or is not in 0 .. keys; or -1.
+int64_t impossible_bound(const int32_t* bounds, int rows, int seq, int keys) {
+  for (int64_t t = 0; t < int64_t(rows) * seq; ++t)
+    if (bounds[t] < (t % seq ? bounds[t - 1] : 0) || bounds[t] > keys) return t;
+  return -1;
+}
+
+// Cuts the rows of a band into spans. Padding is told apart where all keys of a query are here.
+void cut(Band& band, int rows, int seq, bool all_keys) {
+  const std::vector<int> first_key = band.lo, end_key = band.hi;
   for (int row = 0; row < rows; ++row) {
-    const int32_t* start = starts + int64_t(row) * seq;
-    int* lo = band.lo.data() + int64_t(row) * seq;
+    const int *lo = &first_key[int64_t(row) * seq], *hi = &end_key[int64_t(row) * seq];
     const auto add = [&](int first, int end, bool padding) {
       if (first == end) return;
-      band.spans.push_back({row, first, end - first, padding, lo + first});
-      if (!padding) band.longest = std::max(band.longest, end - first);
-      for (int i = first; i < end; ++i)
-        lo[i] = int(std::max<int64_t>(start[i], i - window + 1)) - first;
+      int *span_lo = &band.lo[int64_t(row) * seq + first];
+      int *span_hi = &band.hi[int64_t(row) * seq + first];
+      const int key = lo[first], length = end - first;
+      band.spans.push_back(
+          {row, first, length, key, hi[end - 1] - key, padding, span_lo, span_hi});
+      if (!padding) band.longest = std::max(band.longest, length);
+      for (int i = 0; i < length; ++i) span_lo[i] -= key, span_hi[i] -= key;
     };
-    const auto alone = [&](int i) {
-      return start[i] == i && (i + 1 == seq || start[i + 1] == i + 1);
-    };
+    // Whether no key is seen on both sides of the boundary before query i.
+    const auto apart = [&](int i) { return i == 0 || i == seq || lo[i] >= hi[i - 1]; };
+    const auto blind = [&](int i) { return lo[i] >= hi[i]; };
+    const auto alone = [&](int i) { return hi[i] - lo[i] == 1 && apart(i) && apart(i + 1); };
     int first = 0;  // of the span that is being filled
     for (int begin = 0, end; begin < seq; begin = end) {
-      for (end = begin; end < seq && alone(end);) ++end;
-      const bool padding = end - begin >= kPadding;
-      if (!padding)
-        for (end = begin + 1; end < seq && start[end] == begin;) ++end;
+      for (end = begin; end < seq && blind(end);) ++end;
+      const bool nothing = end > begin;
+      while (!nothing && all_keys && end < seq && alone(end)) ++end;
+      const bool padding = !nothing && end - begin >= kPadding;
+      if (!nothing && !padding)
+        for (end = begin + 1; !apart(end);) ++end;
       // A sample that does not fit into what is left of a block opens a span of its own.
-      if (padding || end - first > kKeys) {
+      if (nothing || padding || end - first > kKeys) {
         add(first, begin, false);
         first = begin;
       }
-      if (padding) {
-        add(begin, end, true);
-        first = end;
-      }
+      if (padding) add(begin, end, true);
+      if (nothing || padding) first = end;
     }
     add(first, seq, false);
   }
-  return band;
 }
 
 struct Task {
@@ -829,7 +867,7 @@ struct Task {
 // How many scores the queries start .. end-1 of a span have.
 int64_t scores_of(const Span& span, int start, int end) {
   int64_t scores = 0;
-  for (int i = start; i < std::min(end, span.length); ++i) scores += i - span.lo[i] + 1;
+  for (int i = start; i < std::min(end, span.length); ++i) scores += span.hi[i] - span.lo[i];
   return scores;
 }
 
@@ -849,22 +887,49 @@ int worthwhile(const std::vector<Task>& tasks, int head_dim, int threads) {
 template <typename T>
 Problem<T> problem_of(const int64_t* sizes, const T* q, const T* k, const T* v,
                       const int64_t* strides, double scale) {
-  return {int(sizes[0]), int(sizes[1]), int(sizes[2]), int(sizes[3]), int(sizes[4]),
+  return {int(sizes[0]), int(sizes[1]), int(sizes[2]), int(sizes[3]), int(sizes[4]), int(sizes[5]),
           {q, strides[0], strides[1], strides[2]},
           {k, strides[3], strides[4], strides[5]},
           {v, strides[6], strides[7], strides[8]},
           T(scale)};
 }
 
+// Which keys are seen: with `ends`, starts[i] .. ends[i] - 1, whatever tokens these are. Without,
+// keys and queries are the same tokens and starts[i] is where the sample of token i begins.
+// -1 - query (row * seq + index) where that is impossible, else 0.
+template <typename T>
+int64_t make_band(Band& band, const Problem<T>& problem, const int32_t* starts,
+                  const int32_t* ends, int64_t window) {
+  const int rows = problem.rows, seq = problem.seq, keys = problem.key_seq;
+  const int64_t count = int64_t(rows) * seq;
+  int64_t wrong = ends ? impossible_bound(starts, rows, seq, keys)
+                       : impossible_start(starts, rows, seq);
+  if (wrong < 0 && ends) wrong = impossible_bound(ends, rows, seq, keys);
+  if (wrong >= 0) return -1 - wrong;
+  band.lo.assign(starts, starts + count);
+  if (ends) {
+    band.hi.assign(ends, ends + count);
+  } else {
+    band.hi.resize(count);
+    for (int64_t t = 0; t < count; ++t) {
+      band.hi[t] = int(t % seq) + 1;
+      band.lo[t] = int(std::max<int64_t>(band.lo[t], band.hi[t] - window));
+    }
+  }
+  cut(band, rows, seq, ends == nullptr);
+  return 0;
+}
+
 // Both return the number of scores computed in the forward sense (tiles x their area), or
-// -1 - token when `starts` of that token (row * seq + index) is impossible.
+// -1 - query for bounds that are impossible. With `ends` the forward pass goes on from what `out`
+// and `lse` hold (zeros and -inf: nothing), and where no key is seen both passes write nothing.
 template <typename T>
 int64_t forward(const int64_t* sizes, const T* q, const T* k, const T* v, const int64_t* strides,
-                const int32_t* starts, double scale, int64_t window, T* out, T* lse, int threads) {
+                const int32_t* starts, const int32_t* ends, double scale, int64_t window, T* out,
+                T* lse, int threads) {
   const Problem<T> problem = problem_of(sizes, q, k, v, strides, scale);
-  const int64_t impossible = impossible_start(starts, problem.rows, problem.seq);
-  if (impossible >= 0) return -1 - impossible;
-  const Band band = band_of(starts, problem.rows, problem.seq, window);
+  Band band;
+  if (const int64_t wrong = make_band(band, problem, starts, ends, window)) return wrong;
   std::vector<Task> tasks;
   for (const Span& span : band.spans) {
     const int run = span.padding ? span.length : kRunQueries;
@@ -887,7 +952,7 @@ int64_t forward(const int64_t* sizes, const T* q, const T* k, const T* v, const 
       if (span->padding)
         forward_padding(problem, *span, head, out, lse);
       else
-        tiles += pass.run(problem, *span, head, start, out, lse);
+        tiles += pass.run(problem, *span, head, start, out, lse, ends != nullptr);
     }
   }
   return tiles * kTileRows * kPanel<T>;
@@ -895,13 +960,12 @@ int64_t forward(const int64_t* sizes, const T* q, const T* k, const T* v, const 
 
 template <typename T>
 int64_t backward(const int64_t* sizes, const T* q, const T* k, const T* v, const int64_t* strides,
-                 const int32_t* starts, double scale, int64_t window, const T* out, const T* lse,
-                 const T* out_grad, const int64_t* grad_strides, T* q_grad, T* k_grad, T* v_grad,
-                 int threads) {
+                 const int32_t* starts, const int32_t* ends, double scale, int64_t window,
+                 const T* out, const T* lse, const T* out_grad, const int64_t* grad_strides,
+                 T* q_grad, T* k_grad, T* v_grad, int threads) {
   const Problem<T> problem = problem_of(sizes, q, k, v, strides, scale);
-  const int64_t impossible = impossible_start(starts, problem.rows, problem.seq);
-  if (impossible >= 0) return -1 - impossible;
-  const Band band = band_of(starts, problem.rows, problem.seq, window);
+  Band band;
+  if (const int64_t wrong = make_band(band, problem, starts, ends, window)) return wrong;
   const Strided<const T> grad{out_grad, grad_strides[0], grad_strides[1], grad_strides[2]};
   std::vector<Task> tasks;
   for (const Span& span : band.spans) {
@@ -932,15 +996,16 @@ int64_t backward(const int64_t* sizes, const T* q, const T* k, const T* v, const
 #define OMNISTEP_ENTRY_POINTS(T)                                                                   \
   extern "C" int64_t attention_forward_##T(                                                        \
       const int64_t* sizes, const T* q, const T* k, const T* v, const int64_t* strides,            \
-      const int32_t* starts, double scale, int64_t window, T* out, T* lse, int threads) {          \
-    return forward<T>(sizes, q, k, v, strides, starts, scale, window, out, lse, threads);          \
+      const int32_t* starts, const int32_t* ends, double scale, int64_t window, T* out, T* lse,    \
+      int threads) {                                                                               \
+    return forward<T>(sizes, q, k, v, strides, starts, ends, scale, window, out, lse, threads);    \
   }                                                                                                \
   extern "C" int64_t attention_backward_##T(                                                       \
       const int64_t* sizes, const T* q, const T* k, const T* v, const int64_t* strides,            \
-      const int32_t* starts, double scale, int64_t window, const T* out, const T* lse,             \
-      const T* out_grad, const int64_t* grad_strides, T* q_grad, T* k_grad, T* v_grad,             \
-      int threads) {                                                                               \
-    return backward<T>(sizes, q, k, v, strides, starts, scale, window, out, lse, out_grad,         \
+      const int32_t* starts, const int32_t* ends, double scale, int64_t window, const T* out,      \
+      const T* lse, const T* out_grad, const int64_t* grad_strides, T* q_grad, T* k_grad,          \
+      T* v_grad, int threads) {                                                                    \
+    return backward<T>(sizes, q, k, v, strides, starts, ends, scale, window, out, lse, out_grad,   \
                        grad_strides, q_grad, k_grad, v_grad, threads);                             \
   }
 

@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -81,8 +82,28 @@ def compile_kernel(compiler: str, extra_flags: tuple[str, ...] = ()) -> Path:
 
 
 @functools.cache
+def compilation() -> Future[ctypes.CDLL | None]:
+    """The kernel in the making, on a thread of its own; made once in a process."""
+    with_one_thread = ThreadPoolExecutor(1, thread_name_prefix="attention_cpu")
+    future = with_one_thread.submit(_compiled)
+    with_one_thread.shutdown(wait=False)  # no more work after this one
+    return future
+
+
+def start_compiling() -> None:
+    """Begins to compile the kernel and returns, so that it is ready when `kernel` asks for it.
+
+    A second call does nothing; where the cache has the kernel it is only loaded.
+    """
+    compilation()
+
+
 def kernel() -> ctypes.CDLL | None:
     """The compiled kernel, or None (said once) where it cannot be had."""
+    return compilation().result()
+
+
+def _compiled() -> ctypes.CDLL | None:
     compiler = _compiler()
     if compiler is None:
         log.warning(
@@ -100,7 +121,8 @@ def kernel() -> ctypes.CDLL | None:
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer = ctypes.c_void_p
-    operands = [pointer] * 6 + [ctypes.c_double, ctypes.c_int64]  # sizes q k v strides starts
+    # sizes q k v strides starts ends, scale, window
+    operands = [pointer] * 7 + [ctypes.c_double, ctypes.c_int64]
     for name in ("float", "double"):
         for function, results in (("forward", 2), ("backward", 7)):
             entry = getattr(library, f"attention_{function}_{name}")
@@ -119,7 +141,8 @@ def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _compute_dtype(q: Tensor) -> torch.dtype:
+def compute_dtype(q: Tensor) -> torch.dtype:
+    """In which the kernel computes and returns logsumexps: float32, or float64 for float64."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
@@ -130,33 +153,43 @@ def _call(
     k: Tensor,
     v: Tensor,
     starts: Tensor,
+    ends: Tensor | None,
     scale: float,
     window: int | None,
     *results: Tensor | ctypes.Array[ctypes.c_int64],
 ) -> int:
     """Calls an entry point; returns the number of scores it computed (whole tiles)."""
     rows, seq, heads, head_dim = q.shape
+    q, k, v = (_readable(x, compute_dtype(q)) for x in (q, k, v))
     starts = starts.contiguous()
+    ends = None if ends is None else ends.contiguous()
     name = "double" if q.dtype == torch.float64 else "float"
     scores = getattr(library, f"attention_{function}_{name}")(
-        _numbers(rows, seq, heads, k.shape[2], head_dim),
+        _numbers(rows, seq, heads, k.shape[2], head_dim, k.shape[1]),
         q.data_ptr(),
         k.data_ptr(),
         v.data_ptr(),
         _numbers(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
         starts.data_ptr(),
+        None if ends is None else ends.data_ptr(),
         scale,
         seq if window is None else window,
         *(result.data_ptr() if isinstance(result, Tensor) else result for result in results),
         torch.get_num_threads(),
     )
-    if scores < 0:
-        row, token = divmod(-1 - scores, seq)
+    if scores >= 0:
+        return scores
+    row, token = divmod(-1 - scores, seq)
+    if ends is None:
         raise ValueError(
             f"starts[{row}] is {starts[row, : token + 1].tolist()[-3:]} up to token {token}: each "
             "start must be the token's own index or the start of the token before it"
         )
-    return scores
+    seen = [list(x) for x in zip(starts[row].tolist(), ends[row].tolist(), strict=True)]
+    raise ValueError(
+        f"the keys that queries of row {row} see are {seen[max(token - 2, 0) : token + 1]} up to "
+        f"query {token}: both bounds must be from 0 to {k.shape[1]} and never decrease"
+    )
 
 
 def kernel_forward(
@@ -169,13 +202,29 @@ def kernel_forward(
     window: int | None,
 ) -> tuple[Tensor, Tensor, int]:
     """Output, logsumexp [rows, heads, seq], and how many scores were computed."""
-    dtype = _compute_dtype(q)
     rows, seq, heads, _ = q.shape
-    out = q.new_empty(q.shape, dtype=dtype)
-    lse = q.new_empty((rows, heads, seq), dtype=dtype)
-    q_, k_, v_ = (_readable(x, dtype) for x in (q, k, v))
-    scores = _call(library, "forward", q_, k_, v_, starts, scale, window, out, lse)
+    out = q.new_empty(q.shape, dtype=compute_dtype(q))
+    lse = q.new_empty((rows, heads, seq), dtype=out.dtype)
+    scores = _call(library, "forward", q, k, v, starts, None, scale, window, out, lse)
     return out.to(q.dtype), lse, scores
+
+
+def kernel_forward_onto(
+    library: ctypes.CDLL,
+    out: Float[Tensor, "rows queries heads head_dim"],
+    lse: Float[Tensor, "rows heads queries"],
+    q: Float[Tensor, "rows queries heads head_dim"],
+    k: Float[Tensor, "rows keys kv_heads head_dim"],
+    v: Float[Tensor, "rows keys kv_heads head_dim"],
+    seen: Int[Tensor, "2 rows queries"],
+    scale: float,
+) -> int:
+    """Further keys for queries whose attention over others is (out, lse), which it writes over.
+
+    `out` and `lse` are contiguous and in compute_dtype; 0 and -inf: no other keys. `seen` as in
+    `omnistep.models.attention_ring.attention_part`. Returns how many scores were computed.
+    """
+    return _call(library, "forward", q, k, v, seen[0], seen[1], scale, None, out, lse)
 
 
 def kernel_backward(
@@ -191,27 +240,42 @@ def kernel_backward(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """The gradients of q, k and v, and how many scores were computed."""
-    dtype = _compute_dtype(q)
-    grad = _readable(grad, dtype)
-    grads = [x.new_empty(x.shape, dtype=dtype) for x in (q, k, v)]
-    q_, k_, v_ = (_readable(x, dtype) for x in (q, k, v))
+    grads = [x.new_empty(x.shape, dtype=compute_dtype(q)) for x in (q, k, v)]
+    known = _known(grad, out, lse)
     scores = _call(
-        library,
-        "backward",
-        q_,
-        k_,
-        v_,
-        starts,
-        scale,
-        window,
-        out.to(dtype).contiguous(),
-        lse.contiguous(),
-        grad,
-        _numbers(*grad.stride()[:3]),
-        *grads,
+        library, "backward", q, k, v, starts, None, scale, window, *known, *grads
     )
     q_grad, k_grad, v_grad = (g.to(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
     return q_grad, k_grad, v_grad, scores
+
+
+def kernel_backward_onto(
+    library: ctypes.CDLL,
+    grads: tuple[Tensor, Tensor, Tensor],
+    grad: Float[Tensor, "rows queries heads head_dim"],
+    q: Float[Tensor, "rows queries heads head_dim"],
+    k: Float[Tensor, "rows keys kv_heads head_dim"],
+    v: Float[Tensor, "rows keys kv_heads head_dim"],
+    out: Float[Tensor, "rows queries heads head_dim"],
+    lse: Float[Tensor, "rows heads queries"],
+    seen: Int[Tensor, "2 rows queries"],
+    scale: float,
+) -> int:
+    """What these keys give to the gradients of q, k and v, when `out` and `lse` are over all keys.
+
+    `grads` are contiguous zeros in compute_dtype, of the shapes of q, k and v. Returns how many
+    scores were computed.
+    """
+    known = _known(grad, out, lse)
+    return _call(library, "backward", q, k, v, seen[0], seen[1], scale, None, *known, *grads)
+
+
+def _known(grad: Tensor, out: Tensor, lse: Tensor):
+    """What the backward pass is told of the forward pass and of what followed it."""
+    dtype = compute_dtype(grad)
+    grad = _readable(grad, dtype)
+    strides = _numbers(*grad.stride()[:3])
+    return out.to(dtype).contiguous(), lse.contiguous(), grad, strides
 
 
 def torch_forward(
@@ -225,7 +289,7 @@ def torch_forward(
     """Output and logsumexp from torch's own CPU attention, one sample at a time."""
     rows, seq, heads, _ = q.shape
     out = q.new_empty(q.shape)
-    lse = q.new_empty((rows, heads, seq), dtype=_compute_dtype(q))
+    lse = q.new_empty((rows, heads, seq), dtype=compute_dtype(q))
     for row, first, last in _samples(starts):
         part = (slice(row, row + 1), slice(first, last))
         one_out, one_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -331,7 +395,7 @@ def attention_cpu_backward(
 @attention_cpu.register_fake
 def _(q, k, v, starts, scale, window):
     rows, seq, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((rows, heads, seq), dtype=_compute_dtype(q))
+    return q.new_empty(q.shape), q.new_empty((rows, heads, seq), dtype=compute_dtype(q))
 
 
 @attention_cpu_backward.register_fake

@@ -1,11 +1,12 @@
 """The dense decoder: Llama, Qwen2, Qwen3, Mistral and Seed-OSS are settings of it.
 
-`Config` says what is computed, `params` what is learned, `make_hidden_states`, `make_logits` and
-`make_loss` return the functions that compute it. The layers' weights are stacked: one leaf
-[layers, ...] per weight.
+`Config` says what is computed, `params` what is learned, `make_stages` and `make_logits` return the
+functions that compute it. The layers' weights are stacked: one leaf [layers, ...] per weight.
+All functions see local tensors; what is sent between ranks is written out.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,25 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from omnistep.core.batch import Batch, positions, segment_starts
-from omnistep.core.param import Param, constant, normal
-from omnistep.core.step import LossFn, LossOutput
+from omnistep.core.compile import compile_graph
+from omnistep.core.param import Layout, Param, constant, normal, one_rank
+from omnistep.core.step import LossOutput, Stages
 from omnistep.core.tree import Tree
 from omnistep.models.attention import SAVED_OPS, attention
-from omnistep.models.layers import gated_mlp, rms_norm, rope_angles, rope_frequencies, rotary
-from omnistep.models.loss import linear_cross_entropy
+from omnistep.models.layers import rms_norm, rope_angles, rope_frequencies, rotary
+from omnistep.models.loss import make_linear_cross_entropy
+from omnistep.parallel.collectives import all_gather, all_to_all, reduce_scatter
+from omnistep.parallel.mesh import Group, Mesh, MeshError
 from omnistep.parallel.remat import Remat, remat
+from omnistep.parallel.sequence import share
+from omnistep.parallel.unshard import unshard
+
+
+ALONE = Group()
+
+
+def ring_attention(q, k, v, starts, cp, *, scale, window):  # TEMP
+    return attention(q, k, v, starts, scale=scale, window=window)
 
 
 @frozen
@@ -126,14 +139,67 @@ def project_qkv(
 
 
 def attention_output(
-    a: Float[Tensor, "rows seq heads head_dim"], w: Mapping[str, Tensor]
+    a: Float[Tensor, "rows seq heads head_dim"], w: Mapping[str, Tensor], tp: Group = ALONE
+) -> Float[Tensor, "rows seq/tp embed"]:
+    """The sum over the heads of all ranks of tp, scattered over the sequence."""
+    y = reduce_scatter(F.linear(a.flatten(-2), w["o"].flatten(-2)), tp, 1)
+    return y + w["o_bias"] if "o_bias" in w else y
+
+
+def mlp(
+    x: Float[Tensor, "rows seq embed"], w: Mapping[str, Tensor], tp: Group = ALONE
 ) -> Float[Tensor, "rows seq embed"]:
-    return F.linear(a.flatten(-2), w["o"].flatten(-2), w.get("o_bias"))
+    """SwiGLU (arXiv 2002.05202); the ranks of tp share its width."""
+    x = all_gather(x, tp, 1)
+    h = F.silu(F.linear(x, w["gate"], w.get("gate_bias")))
+    h = h * F.linear(x, w["up"], w.get("up_bias"))
+    y = reduce_scatter(F.linear(h, w["down"]), tp, 1)
+    return y + w["down_bias"] if "down_bias" in w else y
 
 
-def mlp(x: Float[Tensor, "rows seq embed"], w: Mapping[str, Tensor]) -> Tensor:
-    biases = {name: w[f"{name}_bias"] for name in ("gate", "up", "down") if f"{name}_bias" in w}
-    return gated_mlp(x, w["gate"], w["up"], w["down"], biases)
+@frozen
+class Ranks:
+    """The groups of the mesh that a layer talks to; of size 1 on one rank."""
+
+    cp: Group = field(factory=Group)
+    ulysses: Group = field(factory=Group)
+    tp: Group = field(factory=Group)
+    inner: Group = field(factory=Group)
+    """ulysses and tp together"""
+
+
+def ranks_of(mesh: Mesh) -> Ranks:
+    group = mesh.group
+    return Ranks(group("cp"), group("ulysses"), group("tp"), group("ulysses", "tp"))
+
+
+def check_mesh(cfg: Config, mesh: Mesh) -> None:
+    """Raises MeshError where attention heads can't be shared by the ranks of tp and ulysses."""
+    tp, ulysses = mesh.size("tp"), mesh.size("ulysses")
+    heads, kv_heads = cfg.heads // tp, max(cfg.kv_heads // tp, 1)
+    if heads % ulysses or (kv_heads % ulysses and ulysses % kv_heads):
+        fits = [n for n in range(1, heads + 1) if heads % n == 0 and not (kv_heads % n and n % kv_heads)]
+        raise MeshError(
+            f"{heads} attention heads and {kv_heads} key/value heads"
+            f"{f' (of each of tp = {tp} ranks)' if tp > 1 else ''} can't be shared by ulysses = "
+            f"{ulysses} ranks; ulysses may be {', '.join(map(str, fits))}"
+        )
+
+
+def sequence_to_heads(
+    q: Tensor, k: Tensor, v: Tensor, ulysses: Group
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From a share of the tokens and all heads to all tokens and a share of the heads, by one
+    message (DeepSpeed-Ulysses, arXiv 2309.14509). Key/value heads are repeated where there are
+    fewer than ranks."""
+    if ulysses.size == 1:
+        return q, k, v
+    if k.shape[2] % ulysses.size:
+        k, v = (x.repeat_interleave(ulysses.size // x.shape[2], 2) for x in (k, v))
+    parts = [x.unflatten(2, (ulysses.size, -1)) for x in (q, k, v)]
+    x = all_to_all(torch.cat(parts, 3), ulysses, 2, 1).squeeze(2)
+    q, k, v = x.split([part.shape[3] for part in parts], 2)
+    return q, k, v
 
 
 def block(
@@ -141,34 +207,50 @@ def block(
     w: Mapping[str, Tensor],
     cos: Tensor,
     sin: Tensor,
-    starts: Int[Tensor, "rows seq"],
+    starts: Int[Tensor, "rows row"],
     cfg: Config,
     window: int | None,
+    ranks: Ranks,
 ) -> Float[Tensor, "rows seq embed"]:
-    """One layer; `w` holds its weights, without the leading axis."""
-    q, k, v = project_qkv(rms_norm(x, w["attn_norm"], cfg.norm_eps), w, cos, sin, cfg)
-    a = attention(q, k, v, starts, scale=cfg.head_dim**-0.5, window=window)
-    x = x + attention_output(a, w)
-    return x + mlp(rms_norm(x, w["mlp_norm"], cfg.norm_eps), w)
+    """One layer; `w` holds its weights, without the leading axis, as far as this rank of tp uses
+    them. `seq` is this rank's share of the row; `starts` are those of the whole row; cos and sin
+    belong to the share of (cp, ulysses), which tp gathers."""
+    h = all_gather(rms_norm(x, w["attn_norm"], cfg.norm_eps), ranks.tp, 1)
+    q, k, v = sequence_to_heads(*project_qkv(h, w, cos, sin, cfg), ranks.ulysses)
+    a = ring_attention(q, k, v, starts, ranks.cp, scale=cfg.head_dim**-0.5, window=window)
+    x = x + attention_output(all_to_all(a, ranks.ulysses, 1, 2), w, ranks.tp)
+    return x + mlp(rms_norm(x, w["mlp_norm"], cfg.norm_eps), w, ranks.tp)
 
 
-def make_layer(cfg: Config, window: int | None, mode: Remat) -> Callable[..., Tensor]:
-    """`block` under a memory policy.
+def make_layer(
+    cfg: Config, window: int | None, layout: Layout, mode: Remat, *, compile: bool
+) -> Callable[..., Tensor]:
+    """`block` with its weights gathered, under a memory policy.
 
-    It is not a torch.compiler.nested_compile_region, which would compile equal layers once: in
-    torch 2.13 the gradients of a region that is called twice are wrong
-    (tests/models/test_compiled.py would fail).
+    It is compiled by itself and called for each layer, so that any number of layers compiles once.
+    (A torch.compiler.nested_compile_region in a graph of all layers would do the same, but in
+    torch 2.13 the gradients of a region that is called twice are wrong.)
     """
+    ranks = ranks_of(layout.mesh)
+    places = {name: at.unstacked() for name, at in layout.places["layers"].items()}
+    use = partial(unshard, places=places, dtype=layout.dtype, bucket=layout.bucket)
+    again = layout.strategy == "zero3"
 
-    def run(*inputs: Any) -> Tensor:
-        return block(*inputs, cfg=cfg, window=window)
+    def run(x: Tensor, w: Mapping[str, Tensor], *rest: Any) -> Tensor:
+        return block(x, use(w) if again else w, *rest, cfg=cfg, window=window, ranks=ranks)
 
-    return remat(run, mode, SAVED_OPS)
+    groups = {at.gather.name for at in places.values() if at.inside}
+    kept = remat(run, mode, SAVED_OPS, frozenset(groups if again else ()))
+
+    def layer(x: Tensor, w: Mapping[str, Tensor], *rest: Any) -> Tensor:
+        return kept(x, w if again else use(w), *rest)
+
+    return compile_graph(layer) if compile else layer
 
 
-def unstack(stacked: Mapping[str, Tensor], dtype: torch.dtype) -> list[dict[str, Tensor]]:
-    """Each layer's own weights, in the compute dtype."""
-    per_weight = {name: weight.to(dtype).unbind(0) for name, weight in stacked.items()}
+def unstack(stacked: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Each layer's own weights."""
+    per_weight = {name: weight.unbind(0) for name, weight in stacked.items()}
     count = len(next(iter(per_weight.values())))
     return [{name: layers[i] for name, layers in per_weight.items()} for i in range(count)]
 
@@ -178,52 +260,99 @@ def rope(cfg: Config, at: Int[Tensor, "rows seq"], dtype: torch.dtype) -> tuple[
     return rope_angles(at, frequencies, factor, dtype)
 
 
-def output_weight(weights: Tree) -> Float[Tensor, "vocab embed"]:
-    return weights.get("lm_head", weights["embed"])
+def output_name(weights: Mapping[str, Any]) -> str:
+    return "lm_head" if "lm_head" in weights else "embed"
 
 
-def make_hidden_states(
-    cfg: Config, *, dtype: torch.dtype, mode: Remat = "none"
-) -> Callable[[Tree, Batch], Float[Tensor, "rows seq embed"]]:
-    """(weights, batch) -> what the output projection reads, after the final norm.
+def embed(
+    tokens: Int[Tensor, "rows seq"],
+    weight: Float[Tensor, "vocab embed"],
+    dtype: torch.dtype,
+    tp: Group = ALONE,
+) -> Float[Tensor, "rows seq/tp embed"]:
+    """With tp the rows of the weight are shared: each rank looks up the tokens it has the rows of,
+    and the sum is scattered over the sequence."""
+    if tp.size == 1:
+        return F.embedding(tokens, weight).to(dtype)
+    ids = tokens - tp.index * weight.shape[0]
+    mine = (ids >= 0) & (ids < weight.shape[0])
+    x = F.embedding(torch.where(mine, ids, 0), weight).to(dtype) * mine.unsqueeze(-1)
+    return reduce_scatter(x, tp, 1)
 
-    `dtype` is what products are computed in, whatever the weights are kept in.
+
+def make_stages(
+    cfg: Config, layout: Layout, *, mode: Remat = "none", compile: bool = True
+) -> Stages:
+    """Summed next-token cross entropy in nats, each target times its weight, in the stages of a
+    pipeline: the embedding, the layers, the loss.
+
+    On a mesh every rank gets the whole rows of its data rank and takes its share of the tokens
+    itself. `compile`: each kind of layer and the softmax are compiled; the rest, a small part of
+    the work, is not. Raises MeshError where heads do not fit the mesh.
     """
+    mesh, dtype = layout.mesh, layout.dtype
+    check_mesh(cfg, mesh)
+    ranks = ranks_of(mesh)
     windows = cfg.windows or (None,) * cfg.layers
-    by_window = {window: make_layer(cfg, window, mode) for window in set(windows)}
+    here = cfg.layers // mesh.size("pp")
+    windows = windows[mesh.index("pp") * here : (mesh.index("pp") + 1) * here]
+    layers = {
+        w: make_layer(cfg, w, layout, mode, compile=compile) for w in sorted(set(windows), key=str)
+    }
+    outer = {name: at for name, at in layout.places.items() if name != "layers"}
+    cross_entropy = make_linear_cross_entropy(ranks.tp, compile=compile)
 
-    def hidden_states(weights: Tree, batch: Batch) -> Tensor:
-        cos, sin = rope(cfg, positions(batch), dtype)
+    def use(weights: Tree, name: str) -> Tensor:
+        """Not cast where nothing is gathered: what reads it sums its gradient in its own dtype."""
+        if not outer[name].inside:
+            return weights[name]
+        return unshard({name: weights[name]}, outer, dtype)[name]
+
+    def tokens_of(x: Tensor) -> Tensor:
+        return share(x, 1, ranks.cp, ranks.ulysses)
+
+    def first(weights: Tree, batch: Batch) -> Tensor:
+        return embed(tokens_of(batch.tokens), use(weights, "embed"), dtype, ranks.tp)
+
+    def middle(weights: Tree, x: Tensor, batch: Batch) -> Tensor:
+        cos, sin = rope(cfg, tokens_of(positions(batch)), dtype)
         starts = segment_starts(batch)
-        x = F.embedding(batch.tokens, weights["embed"]).to(dtype)
-        for w, window in zip(unstack(weights["layers"], dtype), windows, strict=True):
-            x = by_window[window](x, w, cos, sin, starts)
-        return rms_norm(x, weights["final_norm"].to(dtype), cfg.norm_eps)
+        for w, window in zip(unstack(weights["layers"]), windows, strict=True):
+            x = layers[window](x, w, cos, sin, starts)
+        return x
 
-    return hidden_states
+    def last(weights: Tree, x: Tensor, batch: Batch, key: Tensor) -> LossOutput:
+        h = rms_norm(x, use(weights, "final_norm").to(dtype), cfg.norm_eps)
+        h = all_gather(h, ranks.tp, 1)
+        targets, target_weights = tokens_of(batch.targets), tokens_of(batch.weights)
+        total = cross_entropy(
+            h.flatten(0, 1),
+            use(weights, output_name(weights)),
+            targets.flatten(),
+            target_weights.flatten(),
+        )
+        return LossOutput(total, target_weights.sum() / ranks.tp.size)
+
+    def carry(batch: Batch) -> Tensor:
+        rows, row = batch.tokens.shape
+        seq = row // mesh.size("cp", "ulysses", "tp")
+        return torch.empty((rows, seq, cfg.embed), dtype=dtype, device="meta")
+
+    return Stages(first, middle, last, carry)
 
 
 def make_logits(
     cfg: Config, *, dtype: torch.dtype
 ) -> Callable[[Tree, Batch], Float[Tensor, "rows seq vocab"]]:
-    """All logits at once: for tests and small inputs. Training uses `make_loss`."""
-    hidden_states = make_hidden_states(cfg, dtype=dtype)
-    return lambda weights, batch: F.linear(
-        hidden_states(weights, batch), output_weight(weights).to(dtype)
-    )
+    """All logits at once, on one rank: for tests and small inputs. Training uses `make_stages`."""
+    stages = make_stages(cfg, one_rank(params(cfg), dtype), compile=False)
 
+    def logits(weights: Tree, batch: Batch) -> Tensor:
+        x = stages.middle(weights, stages.first(weights, batch), batch)
+        h = rms_norm(x, weights["final_norm"].to(dtype), cfg.norm_eps)
+        return F.linear(h, weights[output_name(weights)].to(dtype))
 
-def make_loss(cfg: Config, *, dtype: torch.dtype, mode: Remat = "none") -> LossFn:
-    """Summed next-token cross entropy in nats, each target times its weight."""
-    hidden_states = make_hidden_states(cfg, dtype=dtype, mode=mode)
-
-    def loss(weights: Tree, batch: Batch, key: Tensor) -> LossOutput:
-        h = hidden_states(weights, batch).flatten(0, 1)
-        targets, target_weights = batch.targets.flatten(), batch.weights.flatten()
-        total = linear_cross_entropy(h, output_weight(weights), targets, target_weights)
-        return LossOutput(total, batch.weights.sum())
-
-    return loss
+    return logits
 
 
 def flops(cfg: Config, tokens: float, visible: float) -> float:

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from omnistep.core import rng
 from omnistep.core.compile import compile_graph
-from omnistep.core.tree import Tree
+from omnistep.core.tree import Tree, tree_map
 from omnistep.models.attention import attention, decode_attention
 from omnistep.models.decoder import (
     Config,
     attention_output,
     mlp,
-    output_weight,
+    output_name,
     project_qkv,
     rope,
     unstack,
@@ -111,10 +111,10 @@ def make_generate(
     maybe_compile = compile_graph if compile else lambda function: function
     windows = cfg.windows or (None,) * cfg.layers
     by_window = {w: maybe_compile(make_decode_layer(cfg, w)) for w in set(windows)}
-    layers = unstack(weights["layers"], dtype)
+    layers = unstack(tree_map(lambda w: w.to(dtype), weights["layers"]))
     embed = weights["embed"]
     final_norm = weights["final_norm"].to(dtype)
-    head = output_weight(weights).to(dtype)
+    head = weights[output_name(weights)].to(dtype)
 
     def pick(x: Tensor, key: Tensor, step: Tensor, rows_seen: Tensor) -> Tensor:
         logits = F.linear(rms_norm(x[:, -1], final_norm, cfg.norm_eps), head)

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -21,19 +20,6 @@ def rms_norm(
     y = at_least_fp32(x)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return weight * y.to(x.dtype)
-
-
-def gated_mlp(
-    x: Float[Tensor, "... embed"],
-    gate: Float[Tensor, "mlp embed"],
-    up: Float[Tensor, "mlp embed"],
-    down: Float[Tensor, "embed mlp"],
-    biases: Mapping[str, Tensor] | None = None,
-) -> Float[Tensor, "... embed"]:
-    """SwiGLU (arXiv 2002.05202)."""
-    biases = biases or {}
-    h = F.silu(F.linear(x, gate, biases.get("gate"))) * F.linear(x, up, biases.get("up"))
-    return F.linear(h, down, biases.get("down"))
 
 
 def rotary(

@@ -1,11 +1,17 @@
-"""Cross entropy of a linear output layer, without the logits of all tokens at once."""
+"""Cross entropy of a linear output layer, without the logits of all tokens at once; with the
+vocabulary shared by the ranks of tensor parallelism."""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from omnistep.core.compile import compile_graph
 from omnistep.models.layers import at_least_fp32
+from omnistep.parallel.collectives import all_reduce
+from omnistep.parallel.mesh import Group
 
 CHUNK_BYTES = 16 << 20
 """Size of the fp32 logits that exist at one time."""
@@ -17,49 +23,84 @@ def chunk_tokens(tokens: int, vocab: int) -> int:
     return min(tokens, 1 << (most.bit_length() - 1))
 
 
+def _softmax_gradient(
+    z: Float[Tensor, "chunk vocab"],
+    y: Int[Tensor, " chunk"],
+    m: Float[Tensor, " chunk"],
+    tp: Group,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "chunk vocab"]]:
+    """The sum of m × -log softmax(z)[y], and its gradient by z, m × (softmax(z) - one-hot(y)).
+    With tp above 1, z holds this rank's part of the vocabulary, in order."""
+    dtype, z = z.dtype, at_least_fp32(z)
+    m = m.to(z.dtype)
+    ids = torch.arange(z.shape[-1], device=z.device) + tp.index * z.shape[-1]
+    hit = ids == y.unsqueeze(-1)
+    top = all_reduce(z.amax(-1, keepdim=True), tp, "max")
+    e = (z - top).exp()
+    parts = torch.stack([e.sum(-1), torch.where(hit, z - top, 0.0).sum(-1)])
+    s, picked = all_reduce(parts, tp).unbind(0)
+    gradient = e * (m / s).unsqueeze(-1) - torch.where(hit, m.unsqueeze(-1), 0.0)
+    return ((s.log() - picked) * m).sum(), gradient.to(dtype)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """The forward pass already computes the gradients, chunk by chunk, while the logits are there
     (as in Liger-Kernel, arXiv 2410.10989): the backward pass only scales them."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, weights):  # pyright: ignore[reportIncompatibleMethodOverride]
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+    def forward(ctx, softmax, tp, hidden, weight, targets, weights):  # pyright: ignore[reportIncompatibleMethodOverride]
+        need = any(ctx.needs_input_grad)
         w = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=at_least_fp32(hidden[:0]).dtype, device=hidden.device)
         grads_hidden, grad_weight = [], None
         size = chunk_tokens(hidden.shape[0], weight.shape[0])
         for h, y, m in zip(*(t.split(size) for t in (hidden, targets, weights)), strict=True):
-            z = at_least_fp32(F.linear(h, w))
-            m = m.to(z.dtype)
-            top = z.amax(-1, keepdim=True)
-            e = (z - top).exp()
-            s = e.sum(-1, keepdim=True)
-            picked = z.gather(-1, y.unsqueeze(-1))
-            total = total + (((top + s.log()) - picked).squeeze(-1) * m).sum()
-            if not (need_hidden or need_weight):
+            loss, p = softmax(F.linear(h, w), y, m, tp)
+            total = total + loss
+            if not need:
                 continue
-            ids = torch.arange(z.shape[-1], device=z.device)
-            p = e * (m.unsqueeze(-1) / s) - torch.where(
-                ids == y.unsqueeze(-1), m.unsqueeze(-1), 0.0
-            )
-            p = p.to(hidden.dtype)
             grads_hidden.append(p @ w)
-            part = p.t() @ h
-            grad_weight = part.to(total.dtype) if grad_weight is None else grad_weight + part
-        if grads_hidden:
+            part = at_least_fp32(p.t() @ h)
+            grad_weight = part if grad_weight is None else grad_weight.add_(part)
+        if need:
             ctx.save_for_backward(torch.cat(grads_hidden), grad_weight)
         ctx.weight_dtype = weight.dtype
-        return total
+        # every rank of tp has the whole sum; each reports its part
+        return total / tp.size
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
+            None,
+            None,
             (grad_hidden * grad).to(grad_hidden.dtype),
             (grad_weight * grad).to(ctx.weight_dtype),
             None,
             None,
         )
+
+
+LinearCrossEntropy = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def make_linear_cross_entropy(
+    tp: Group | None = None, *, compile: bool = False
+) -> LinearCrossEntropy:
+    """`linear_cross_entropy` with the vocabulary cut over `tp`: each rank gives its rows of the
+    weight and all tokens, and gets its part of the sum (the whole divided by the ranks). The
+    gradient of `hidden` is this rank's part too, to be summed over tp.
+
+    compile: the softmax is compiled, once for all chunks; where the caller is compiled it is not
+    needed.
+    """
+    softmax = compile_graph(_softmax_gradient) if compile else _softmax_gradient
+    tp = tp or Group()
+
+    def function(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        return _LinearCrossEntropy.apply(softmax, tp, hidden, weight, targets, weights)  # pyright: ignore[reportReturnType]
+
+    return function
 
 
 def linear_cross_entropy(
@@ -70,4 +111,4 @@ def linear_cross_entropy(
 ) -> Float[Tensor, ""]:
     """Sum over tokens of weights × −log softmax(hidden @ weightᵀ)[targets], in nats, fp32 or
     better. Products run in the dtype of `hidden`; memory for logits is bounded by CHUNK_BYTES."""
-    return _LinearCrossEntropy.apply(hidden, weight, targets, weights)  # pyright: ignore[reportReturnType]
+    return make_linear_cross_entropy()(hidden, weight, targets, weights)

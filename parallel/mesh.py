@@ -17,11 +17,6 @@ from torch.distributed.device_mesh import DeviceMesh
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "ulysses", "tp")
 """Outermost first."""
 
-AT_REST = ("pp", "dp_replicate", "tp", "dp_shard", "cp", "ulysses")
-"""The order in which a dimension at rest is cut by the axes that share it: what a rank computes
-with (pp, tp) first, so that gathering over the others gives a contiguous piece."""
-
-
 class MeshError(ValueError):
     """Sizes that do not fit; str() says which would."""
 
@@ -47,7 +42,7 @@ class Mesh:
     rank: int = 0
     groups: Mapping[tuple[str, ...], Group] = field(factory=dict)
     device_mesh: DeviceMesh | None = None
-    """Of the axes larger than 1, in the order AT_REST; None on one rank."""
+    """Of the axes larger than 1, for the DTensors of the state; None on one rank."""
 
     def size(self, *axes: str) -> int:
         """Number of ranks along the axes together; an axis that is not named in `sizes` has 1."""
@@ -94,12 +89,11 @@ def make_mesh(sizes: Mapping[str, int], device: torch.device) -> Mesh:
     for count in range(1, len(sizes) + 1):
         for axes in itertools.combinations(sizes, count):
             groups[axes] = _make_group(axes, tuple(sizes), ranks, rank)
-    resting = [axis for axis in AT_REST if axis in sizes]
     device_mesh = DeviceMesh.from_group(
-        [_process_group(groups[(axis,)]) for axis in resting],
+        [process_group(groups[(axis,)]) for axis in sizes],
         device.type,
-        ranks.permute(*(list(sizes).index(axis) for axis in resting)).contiguous(),
-        mesh_dim_names=tuple(resting),
+        ranks,
+        mesh_dim_names=tuple(sizes),
     )
     return Mesh(device, sizes, rank, groups, device_mesh)
 
@@ -127,5 +121,5 @@ def _make_group(
     return Group(axes, len(members), members.index(rank), name)
 
 
-def _process_group(group: Group) -> dist.ProcessGroup:
+def process_group(group: Group) -> dist.ProcessGroup:
     return torch._C._distributed_c10d._resolve_process_group(group.name)

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import (
 
 Remat = Literal["none", "selective", "full"]
 """none: all that autograd asks for is kept. full: only a block's input is kept, the block runs
-again. selective: results of matrix products and attention are kept, the cheap rest runs again."""
+again. selective: results of matrix products, attention and communication are kept, the cheap rest
+runs again."""
 
 PRODUCTS = frozenset(
     {
@@ -24,30 +25,55 @@ PRODUCTS = frozenset(
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     }
 )
+_GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
+_MESSAGES = frozenset(
+    {
+        _GATHER,
+        torch.ops._c10d_functional.reduce_scatter_tensor.default,
+        torch.ops._c10d_functional.all_to_all_single.default,
+    }
+)
 
 
-def _keep_products(keep: frozenset[Any], _context: Any, op: Any, *_: Any, **__: Any):
-    return CheckpointPolicy.MUST_SAVE if op in keep else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(
+    kept: frozenset[Any] | None, regather: frozenset[str], _context: Any, op: Any, *args: Any, **_
+) -> CheckpointPolicy:
+    if op is _GATHER and args[2] in regather:
+        return CheckpointPolicy.MUST_RECOMPUTE
+    if kept is not None:
+        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+    # What only rearranges a gathered weight must not be kept in its place.
+    rearranges = op.is_view or op in (torch.ops.aten.cat.default, torch.ops.aten.clone.default)
+    if rearranges or op is torch.ops._c10d_functional.wait_tensor.default:
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.PREFER_SAVE
 
 
 def remat(
-    block: Callable[..., Any], mode: Remat, keep: frozenset[Any] = frozenset()
+    block: Callable[..., Any],
+    mode: Remat,
+    keep: frozenset[Any] = frozenset(),
+    regather: frozenset[str] = frozenset(),
 ) -> Callable[..., Any]:
     """`block` with the given memory policy; its values and gradients do not change.
 
-    `keep` names further operators whose results the selective mode keeps (a custom attention).
+    keep: further operators whose results the selective mode keeps (a custom attention).
+    regather: names of groups over which the block gathers its weights; what it gathered is
+        dropped after use and gathered again in the backward pass, in every mode (zero3).
+
     The block must not draw random numbers from a hidden generator.
     """
-    if mode == "none":
+    if mode not in ("none", "selective", "full"):
+        raise ValueError(f"remat mode {mode!r} is not one of none, selective, full")
+    if mode == "none" and not regather:
         return block
     if mode == "full":
         return partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
-    if mode != "selective":
-        raise ValueError(f"remat mode {mode!r} is not one of none, selective, full")
-    kept = PRODUCTS | keep
-    contexts = partial(create_selective_checkpoint_contexts, partial(_keep_products, kept))
+    kept = PRODUCTS | _MESSAGES | keep if mode == "selective" else None
+    contexts = partial(create_selective_checkpoint_contexts, partial(_policy, kept, regather))
     # what the compiler's disk cache tells this policy from another by
-    contexts.cache_hash = f"selective {sorted(map(str, kept))}"  # pyright: ignore
+    names = sorted(map(str, kept or ()))
+    contexts.cache_hash = f"{mode} {names} {sorted(regather)}"  # pyright: ignore
     return partial(
         checkpoint, block, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
     )

@@ -38,7 +38,7 @@ def main() -> None:
     del initial
     optimizer = adamw(weight_decay=work.DECAY, decay_mask=param.decay_mask(tree))
     train_step = make_train_step(
-        decoder.make_loss(cfg, dtype=torch.float32, mode=options.remat),
+        decoder.make_stages(cfg, param.one_rank(tree, torch.float32), mode=options.remat),
         optimizer,
         lambda step: torch.full((), work.LR),
         max_grad_norm=work.CLIP,

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
+from omnistep.core.compile import any_length
 from omnistep.core.optim import adamw, anyprecision_adamw
 from omnistep.core.tree import tree_leaves, tree_map
 
@@ -157,17 +158,20 @@ def test_compensation_follows_float32_where_plain_bfloat16_stalls(compiled):
     assert error(moved(adamw(), torch.bfloat16), exact) > 0.5
 
 
-def test_compiled_update_is_one_loop_per_leaf():
-    """No temporary of a leaf's size, and the step's scalars are computed outside the loops."""
-    params = {f"w{i}": torch.randn(64 + i, 48) for i in range(3)}
-    grads, optimizer = tree_map(torch.randn_like, params), adamw(weight_decay=0.1)
-    arguments = (grads, optimizer.init(params), params, torch.tensor(1e-3))
+def test_a_compiled_rule_is_one_loop_for_leaves_of_any_size():
+    optimizer, lr = adamw(weight_decay=0.1), torch.tensor(1e-3)
     torch._dynamo.reset()
-    _, (code, *_) = run_and_get_code(torch.compile(optimizer.update, fullgraph=True), *arguments)
-    assert code.count("for(int64_t") <= 2 * len(params)  # a loop per leaf, and perhaps its tail
-    assert code.count("std::pow(") == 2
-    allocated = code.count("empty_strided_cpu((6")  # new parameter and two moments per leaf
-    assert allocated == 3 * len(params)
+    counters.clear()
+    rule, codes = torch.compile(optimizer.rule, fullgraph=True, dynamic=False), []
+    for size in (640, 77, 3000):
+        leaves = [any_length(torch.randn(size).abs()) for _ in range(4)]
+        scalars = optimizer.scalars(torch.tensor(1), lr, torch.float32, True)
+        if not codes:
+            _, codes = run_and_get_code(rule, *leaves, scalars)
+        rule(*leaves, scalars)
+    assert counters["stats"]["unique_graphs"] == len(codes) == 1
+    assert codes[0].count("for(int64_t") <= 2  # the loop, and perhaps its tail
+    assert codes[0].count("empty_strided_cpu((") == 3  # the new parameter and two moments
 
 
 def test_anyprecision_refuses_float16():

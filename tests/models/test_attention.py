@@ -301,7 +301,7 @@ def test_wrong_inputs():
 
 @pytest.mark.parametrize("window", [None, 20])
 def test_without_a_compiler(window, monkeypatch, caplog):
-    cpu.kernel.cache_clear()
+    cpu.compilation.cache_clear()
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     try:
@@ -311,7 +311,7 @@ def test_without_a_compiler(window, monkeypatch, caplog):
         assert len(caplog.records) == 1
         assert "no C++ compiler" in caplog.text
     finally:
-        cpu.kernel.cache_clear()
+        cpu.compilation.cache_clear()
 
 
 @pytest.mark.parametrize("window", [None, 9])

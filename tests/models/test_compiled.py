@@ -12,15 +12,22 @@ from tests.models.test_decoder import make_batch, reference
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
-def test_every_gradient(mode):
-    """Layers of two windows, so that neither equal nor different layers may be mixed up."""
+@pytest.mark.parametrize("whole", [False, True])
+def test_every_gradient(mode, whole):
+    """Layers of two windows, so that neither equal nor different layers may be mixed up. Compiled
+    layer by layer, as bin/train does, and as one graph, as a researcher's own loss may be."""
     _, cfg = reference("qwen2-window", torch.float64)
     assert len(set(cfg.windows)) == 2
-    weights = param.initialize(decoder.params(cfg), rng.key(3), torch.float64, torch.device("cpu"))
+    tree = decoder.params(cfg)
+    weights = param.initialize(tree, rng.key(3), torch.float64, torch.device("cpu"))
     batch, key = make_batch(packed=True), rng.key(0)
-    loss = decoder.make_loss(cfg, dtype=torch.float64, mode=mode)
-    eager_out, eager = value_and_grad(loss)(weights, batch, key)
-    out, compiled = value_and_grad(compile_graph(loss))(weights, batch, key)
+    layout = param.one_rank(tree, torch.float64)
+    stages = decoder.make_stages(cfg, layout, mode=mode, compile=False)
+    loss = decoder.make_stages(cfg, layout, mode=mode)
+    eager_out, eager = value_and_grad(stages)(weights, [batch], [key])
+    if whole:
+        loss = compile_graph(stages.__call__)
+    out, compiled = value_and_grad(loss)(weights, [batch], [key])
     torch.testing.assert_close(out, eager_out, rtol=1e-12, atol=0)
     theirs = leaves_with_names(eager)
     for name, ours in leaves_with_names(compiled).items():

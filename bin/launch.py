@@ -1,0 +1,265 @@
+"""Which rank of which job this process is; how it joins the other ranks, and how it fails.
+
+A job's ranks are started by `--nproc` (spawn.py), by torchrun, or by srun. Each finds the others
+through a store of keys at one address: in the process that started the ranks, or in rank 0.
+"""
+
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from attrs import frozen
+
+from omnistep.core.config import ConfigError
+
+NPROC = "--nproc"
+LAUNCHER = "OMNISTEP_LAUNCHER"
+"""The environment's name for the process id of the `spawn` that started this rank."""
+
+FAILURE = "omnistep/failure"
+"""The store's key for `rank\\ntext` of the first rank that failed."""
+
+HEAD_START = 1.0
+"""Seconds that a failed rank leaves to rank 0, which mostly fails in the same way, to say why."""
+
+
+class LaunchError(Exception):
+    """This rank cannot join the others; str() says what to do."""
+
+
+@frozen
+class Launch:
+    """This process among the ranks of its job; by default it is the only one."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    """Its number on its machine."""
+    host: str = "127.0.0.1"
+    port: int = 0
+    """Where the store is."""
+    by: Literal["nobody", "--nproc", "torchrun", "srun"] = "nobody"
+    launcher: int = 0
+    """Process id of the `spawn` that it must not outlive."""
+
+
+# ---- who am I ------------------------------------------------------------------------------
+
+
+def take_nproc(argv: Sequence[str]) -> tuple[list[str], int | None]:
+    """The words without `--nproc N` or `--nproc=N`, and N; the last one wins.
+
+    Raises ConfigError where N is not a number from 1 on.
+    """
+    rest, text, words = [], None, list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        if name != NPROC:
+            rest.append(word)
+        elif equals:
+            text = value
+        else:
+            text = words.pop(0) if words and not words[0].startswith("-") else ""
+    if text is None:
+        return rest, None
+    if not text.isdecimal() or int(text) < 1:
+        given = f"{NPROC} = {text}" if text else NPROC
+        raise ConfigError([f"{given}: expected how many ranks to start, as in {NPROC} 2"])
+    return rest, int(text)
+
+
+def read_launch(environ: Mapping[str, str], nproc: int | None = None) -> Launch:
+    """What the environment says of this process. `nproc`: what --nproc asks for, if it is given.
+
+    torchrun: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. srun: what belongs to the
+    step. The script that sbatch runs, and a shell of salloc, see the whole job's SLURM_NTASKS
+    and a SLURM_PROCID of 0 too, but are no task of a step. Raises ConfigError where a value is
+    missing or no number, and where `nproc` asks for more ranks in a job that has several.
+    """
+    if {"RANK", "WORLD_SIZE"} <= environ.keys():
+        launch = _torchrun(environ)
+    elif {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS"} <= environ.keys():
+        launch = _srun(environ)
+    else:
+        launch = Launch()
+    if nproc is not None and launch.world_size > 1:
+        text = f"this is rank {launch.rank} of {launch.world_size} that {launch.by} started"
+        raise ConfigError([f"{NPROC} = {nproc}: {text}; leave {NPROC} out"])
+    return launch
+
+
+def _torchrun(environ: Mapping[str, str]) -> Launch:
+    if (size := _integer(environ, "WORLD_SIZE")) == 1:
+        return Launch()
+    launcher = _integer(environ, LAUNCHER, 0)
+    return Launch(
+        _integer(environ, "RANK"),
+        size,
+        _integer(environ, "LOCAL_RANK"),
+        _value(environ, "MASTER_ADDR"),
+        _integer(environ, "MASTER_PORT"),
+        "--nproc" if launcher else "torchrun",
+        launcher,
+    )
+
+
+def _srun(environ: Mapping[str, str]) -> Launch:
+    if (size := _integer(environ, "SLURM_STEP_NUM_TASKS")) == 1:
+        return Launch()
+    job, step = _integer(environ, "SLURM_JOB_ID"), _integer(environ, "SLURM_STEP_ID", 0)
+    nodes = environ.get("SLURM_STEP_NODELIST") or _value(environ, "SLURM_JOB_NODELIST")
+    return Launch(
+        _integer(environ, "SLURM_PROCID"),
+        size,
+        _integer(environ, "SLURM_LOCALID"),
+        environ.get("MASTER_ADDR") or first_host(nodes),
+        _integer(environ, "MASTER_PORT", slurm_port(job, step)),
+        "srun",
+    )
+
+
+def first_host(nodes: str) -> str:
+    """The first of SLURM's hosts: `a[07-09,12],b` is a07, `rack[1-2]n[3,5]` is rack1n3."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0] if first else nodes)
+
+
+def slurm_port(job: int, step: int) -> int:
+    """The same port on all ranks, mostly another one for each step that shares the host; below
+    32768, where Linux begins to hand out ports by itself."""
+    return 12_000 + (16 * job + step) % 20_000
+
+
+def _value(environ: Mapping[str, str], name: str) -> str:
+    if not environ.get(name):
+        raise ConfigError([f"the environment has RANK or SLURM_PROCID, but no {name}"])
+    return environ[name]
+
+
+def _integer(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    if default is not None and not environ.get(name):
+        return default
+    if not (text := _value(environ, name)).isdecimal():
+        raise ConfigError([f"{name} = {text} (environment): expected a whole number"])
+    return int(text)
+
+
+# ---- joining and leaving -------------------------------------------------------------------
+
+
+def join(
+    launch: Launch, device_kind: Literal["cpu", "cuda"], timeout: timedelta = timedelta(minutes=30)
+) -> None:
+    """Makes this process one of the ranks of torch.distributed; nothing where it is the only one.
+
+    Ranks talk by gloo between CPU tensors, by nccl between those of a GPU; each takes the GPU of
+    its local rank. `timeout`: for the others to arrive, and then for each collective.
+    """
+    if launch.world_size == 1:
+        return
+    if launch.launcher:
+        _end_with(launch.launcher)
+    backend, device = "gloo", None
+    if device_kind == "cuda":
+        device = torch.device("cuda", pick_gpu(launch, torch.cuda.device_count()))
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(
+        backend,
+        init_method=f"tcp://{launch.host}:{launch.port}",
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timeout,
+        device_id=device,
+    )
+
+
+def leave() -> None:
+    """Ends together with the other ranks: a rank that went early would take the store with it,
+    or have torchrun end those that are still saving."""
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))
+        dist.destroy_process_group()
+
+
+def pick_gpu(launch: Launch, count: int) -> int:
+    """Which of the `count` GPUs that this process sees is its own.
+
+    srun may show each task its one GPU only; then that is the one. Raises LaunchError where there
+    are more ranks than GPUs.
+    """
+    if launch.local_rank < count:
+        return launch.local_rank
+    if launch.by == "srun" and count == 1:
+        return 0
+    raise LaunchError(
+        f"there is no GPU for local rank {launch.local_rank} (from 0): it sees {count}. Start at "
+        f"most {count} ranks on a machine, or set train.init_device: cpu"
+    )
+
+
+def _end_with(launcher: int) -> None:
+    """Has the system kill this process when its launcher is killed and cannot do it any more."""
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # pyright: ignore
+    if os.getppid() != launcher:  # killed before we asked
+        os._exit(1)
+
+
+# ---- failing -------------------------------------------------------------------------------
+
+
+def fail(launch: Launch, error: Exception, *, expected: bool) -> None:
+    """Prints why this rank fails, unless another rank has said why the job does.
+
+    An expected error is one line, others are a traceback. Ranks mostly fail for one reason:
+    all meet the same error, or one meets it and the others then miss that one. So the first one
+    to fail speaks, and that is rank 0 where it fails within a second as the others do.
+    """
+    who = f"rank {launch.rank}: " if launch.rank else ""
+    if is_lost_peer(error):
+        text = f"error: {who}the connection to another rank is lost ({first_line(error)})"
+    elif expected:
+        text = f"error: {who}{error}"
+    else:
+        text = f"{who}{''.join(traceback.format_exception(error))}".rstrip()
+    if _speaks(launch, error, text):
+        print(text, file=sys.stderr, flush=True)
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Whether an error tells only that another rank, or the network to it, has gone."""
+    # gloo raises a bare RuntimeError
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    )
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]
+
+
+def _speaks(launch: Launch, error: Exception, text: str) -> bool:
+    if launch.world_size == 1:
+        return True
+    if not dist.is_initialized():
+        # the ranks of a machine read the same command line and files
+        return launch.local_rank == 0 or not isinstance(error, ConfigError)
+    if launch.rank:
+        time.sleep(HEAD_START)
+    mine = f"{launch.rank}\n{text}"
+    try:
+        store = dist.TCPStore(
+            launch.host, launch.port, is_master=False, timeout=timedelta(seconds=2)
+        )
+        return store.compare_set(FAILURE, "", mine).decode() == mine
+    except dist.DistError:
+        return False  # it was rank 0's, which has gone, and has said why

@@ -1,0 +1,191 @@
+"""Starts the ranks of a job on this machine, and ends them: `bin/train recipe.yaml --nproc 2`.
+
+torchrun's own machinery would end the ranks that still save as soon as the first one has exited
+with RESUME_ME, and reports a failure in some forty lines; so this is written out. For its ranks
+it looks like torchrun.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch.distributed as dist
+from attrs import Factory, define, frozen
+
+from omnistep.bin.launch import FAILURE, LAUNCHER
+from omnistep.bin.stop import AT_ONCE, INTERRUPTED, RESUME_ME
+
+GRACE = 5.0
+"""Seconds between SIGTERM and SIGKILL for the ranks that are left when one has failed."""
+
+POLL = 0.05
+TAIL = 4000
+"""Characters shown of the standard error of a rank that could not say why it ended."""
+
+
+def spawn(command: Sequence[str], nproc: int) -> int:
+    """Runs `command` as ranks 0 to nproc - 1; returns the exit code for all of them.
+
+    Rank 0 has our standard output and error. When a rank fails the others are ended, and what it
+    said is printed if it was not rank 0; the code is its own, 128 + n where signal n killed it.
+    RESUME_ME when the ranks ended with it. SIGTERM and Ctrl-C reach every rank as SIGTERM; a
+    second Ctrl-C kills them.
+    """
+    # here, and not in rank 0: it picks a free port by itself, and outlives every rank
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory(prefix="omnistep-") as folder, _Signals() as signals:
+        errors = [Path(folder, f"{rank}") for rank in range(nproc)]
+        ranks: list[subprocess.Popen[bytes]] = []
+        try:
+            for rank in range(nproc):
+                environment = rank_environment(os.environ, rank, nproc, store.port)
+                ranks.append(_start(command, environment, errors[rank] if rank else None))
+            failed = _watch(ranks, signals)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+        codes = [process.returncode for process in ranks]
+        if signals.interrupts > 1:
+            return INTERRUPTED
+        if signals.asked and all(codes[rank] == -signal.SIGTERM for rank in failed):
+            return 128 + signals.first if failed else max(codes)
+        if not failed:
+            return max(codes)
+        tails = {rank: _tail(errors[rank]) for rank in failed if rank}
+        said = store.get(FAILURE).decode() if store.check([FAILURE]) else None
+        verdict = blame({rank: codes[rank] for rank in failed}, said, tails)
+    for line in verdict.lines:
+        print(line, file=sys.stderr, flush=True)
+    return verdict.code
+
+
+def rank_environment(
+    environ: Mapping[str, str], rank: int, nproc: int, port: int
+) -> dict[str, str]:
+    """The environment of a rank: torchrun's names, and what a user has not set otherwise."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    chosen = {
+        # together the ranks have as many threads as there are cores
+        "OMP_NUM_THREADS": str(max(1, cores // nproc)),
+        # gloo would look for the host's own name, which need not resolve
+        "GLOO_SOCKET_IFNAME": loopback,
+    }
+    return {
+        **chosen,
+        **environ,
+        "RANK": str(rank),
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(nproc),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store runs already
+        LAUNCHER: str(os.getpid()),
+    }
+
+
+def _start(
+    command: Sequence[str], environment: dict[str, str], error: Path | None
+) -> subprocess.Popen[bytes]:
+    # a group of its own: the terminal's Ctrl-C is for us alone, else ranks would get it twice
+    options: dict[str, Any] = {"env": environment, "stdin": subprocess.DEVNULL, "process_group": 0}
+    if error is None:
+        return subprocess.Popen(command, **options)
+    with error.open("wb") as file:
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file, **options)
+
+
+@define
+class _Signals:
+    """SIGTERM and SIGINT that we got."""
+
+    asked: bool = False
+    first: int = 0
+    interrupts: int = 0
+    _before: dict[int, Any] = Factory(dict)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.first = self.first or number
+        self.asked = True
+        self.interrupts += number == signal.SIGINT
+        if self.interrupts == 2:
+            os.write(2, AT_ONCE)
+
+    def __enter__(self) -> "_Signals":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _watch(ranks: Sequence[subprocess.Popen[bytes]], signals: _Signals) -> list[int]:
+    """Waits for all ranks, and ends them when one fails. The ranks that failed by themselves."""
+    failed: list[int] = []
+    told, deadline = False, None
+    while (running := [p for p in ranks if p.poll() is None]) and signals.interrupts < 2:
+        if signals.asked and not told:
+            told = True
+            for process in running:
+                process.send_signal(signal.SIGTERM)
+        if deadline is None and (failed := _failed(ranks)):
+            deadline = time.monotonic() + GRACE
+            for process in running:
+                process.send_signal(signal.SIGTERM)
+        if deadline is not None and time.monotonic() > deadline:
+            for process in running:
+                process.kill()
+        time.sleep(POLL)
+    return failed or _failed(ranks)
+
+
+def _failed(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    return [i for i, p in enumerate(ranks) if p.returncode not in (None, 0, RESUME_ME)]
+
+
+@frozen
+class Verdict:
+    code: int
+    lines: tuple[str, ...]
+    """What rank 0 has not printed yet."""
+
+
+def blame(codes: Mapping[int, int], said: str | None, tails: Mapping[int, str]) -> Verdict:
+    """Why the job failed.
+
+    `codes`: of the ranks that failed before any was ended, in order. `said`: `rank\\ntext` of the
+    first one that could say why. `tails`: the end of each one's standard error, save rank 0's.
+    """
+    killed = {rank: -code for rank, code in codes.items() if code < 0}
+    speaker, _, text = (said or "").partition("\n")
+    lines = [text] if text and speaker != "0" else []
+    if not killed and said:
+        own = codes.get(int(speaker), 1)
+        return Verdict(own, tuple(lines))
+    rank = next(iter(killed or codes))
+    lines += [tails[rank]] if tails.get(rank) else []
+    how = f"was killed by {_signal_name(killed[rank])}" if killed else f"failed ({codes[rank]})"
+    lines.append(f"error: rank {rank} {how}; the others were ended")
+    return Verdict(128 + killed[rank] if killed else codes[rank], tuple(lines))
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _tail(path: Path) -> str:
+    return path.read_text(errors="replace").strip()[-TAIL:]

@@ -1,0 +1,63 @@
+"""How a run is asked to end, and how all of its ranks agree on the step to end at."""
+
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+import torch
+
+from omnistep.parallel.collectives import all_reduce
+from omnistep.parallel.mesh import Group
+
+RESUME_ME = 75
+"""Exit code after SIGTERM: all is saved, the run is not finished (EX_TEMPFAIL)."""
+
+INTERRUPTED = 130
+"""Exit code after a second Ctrl-C, as shells have it: 128 + SIGINT."""
+
+AT_ONCE = b"interrupted a second time: ended at once, without saving\n"
+
+
+class Stop:
+    """SIGTERM and the first Ctrl-C ask the loop to save and end; a second Ctrl-C ends at once."""
+
+    def __init__(self, *, silent: bool = False) -> None:
+        self.asked = False
+        """Of this rank: the others may not have heard yet. See `agreed`."""
+        self._silent = silent
+        self._before: dict[int, Any] = {}
+
+    def agreed(self, world: Group) -> bool:
+        """Whether any rank was asked. Collective, and the same on all: call it once a step.
+
+        The flags travel between hosts (gloo): nothing waits for a device.
+        """
+        if world.size == 1:
+            return self.asked
+        return bool(all_reduce(torch.tensor([int(self.asked)]), world, "max"))
+
+    def __enter__(self) -> "Stop":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            end_at_once(silent=self._silent)
+        self.asked = True
+
+
+def end_at_once(*, silent: bool = False) -> None:
+    """Ends the process now: no save is waited for, no log flushed. For a signal's handler."""
+    # os.write: print may have been interrupted in the middle of a line, and may not be entered
+    # a second time. A progress bar has hidden the cursor.
+    if not silent:
+        if os.isatty(1):
+            os.write(1, b"\x1b[?25h\n")
+        os.write(2, AT_ONCE)
+    os._exit(INTERRUPTED)
