@@ -7,6 +7,7 @@ through a store of keys at one address: in the process that started the ranks, o
 import os
 import re
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -25,7 +26,13 @@ LAUNCHER = "OMNISTEP_LAUNCHER"
 """The environment's name for the process id of the `spawn` that started this rank."""
 
 FAILURE = "omnistep/failure"
-"""The store's key for `rank\\ntext` of the first rank that failed."""
+"""The store's key for `rank\\ntext` of the first rank that failed by itself."""
+
+LOST = "omnistep/lost"
+"""The same of the first rank that failed because it missed another one."""
+
+LOST_PEER = 69
+"""Exit code of a rank that missed another one (EX_UNAVAILABLE)."""
 
 HEAD_START = 1.0
 """Seconds that a failed rank leaves to rank 0, which mostly fails in the same way, to say why."""
@@ -54,10 +61,25 @@ class Launch:
 # ---- who am I ------------------------------------------------------------------------------
 
 
-def take_nproc(argv: Sequence[str]) -> tuple[list[str], int | None]:
-    """The words without `--nproc N` or `--nproc=N`, and N; the last one wins.
+def read_launch(environ: Mapping[str, str]) -> Launch:
+    """What the environment says of this process. Raises ConfigError where a value is missing or
+    no number.
 
-    Raises ConfigError where N is not a number from 1 on.
+    torchrun: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. srun: what belongs to the
+    step. The script that sbatch runs, and a shell of salloc, see the whole job's SLURM_NTASKS
+    and a SLURM_PROCID of 0 too, but are no task of a step.
+    """
+    if {"RANK", "WORLD_SIZE"} <= environ.keys():
+        return _torchrun(environ)
+    if {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS"} <= environ.keys():
+        return _srun(environ)
+    return Launch()
+
+
+def take_nproc(argv: Sequence[str], launch: Launch) -> tuple[list[str], int]:
+    """The words without `--nproc N` or `--nproc=N`, and N; the last one wins, without one it is 1.
+
+    Raises ConfigError where N is not a number from 1 on, or this is one of several ranks already.
     """
     rest, text, words = [], None, list(argv)
     while words:
@@ -70,31 +92,14 @@ def take_nproc(argv: Sequence[str]) -> tuple[list[str], int | None]:
         else:
             text = words.pop(0) if words and not words[0].startswith("-") else ""
     if text is None:
-        return rest, None
+        return rest, 1
+    given = f"{NPROC} = {text}" if text else NPROC
     if not text.isdecimal() or int(text) < 1:
-        given = f"{NPROC} = {text}" if text else NPROC
         raise ConfigError([f"{given}: expected how many ranks to start, as in {NPROC} 2"])
+    if launch.world_size > 1:
+        started = f"{launch.world_size} ranks were started by {launch.by} already"
+        raise ConfigError([f"{given}: {started}; leave {NPROC} out"])
     return rest, int(text)
-
-
-def read_launch(environ: Mapping[str, str], nproc: int | None = None) -> Launch:
-    """What the environment says of this process. `nproc`: what --nproc asks for, if it is given.
-
-    torchrun: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. srun: what belongs to the
-    step. The script that sbatch runs, and a shell of salloc, see the whole job's SLURM_NTASKS
-    and a SLURM_PROCID of 0 too, but are no task of a step. Raises ConfigError where a value is
-    missing or no number, and where `nproc` asks for more ranks in a job that has several.
-    """
-    if {"RANK", "WORLD_SIZE"} <= environ.keys():
-        launch = _torchrun(environ)
-    elif {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS"} <= environ.keys():
-        launch = _srun(environ)
-    else:
-        launch = Launch()
-    if nproc is not None and launch.world_size > 1:
-        text = f"this is rank {launch.rank} of {launch.world_size} that {launch.by} started"
-        raise ConfigError([f"{NPROC} = {nproc}: {text}; leave {NPROC} out"])
-    return launch
 
 
 def _torchrun(environ: Mapping[str, str]) -> Launch:
@@ -217,37 +222,39 @@ def _end_with(launcher: int) -> None:
 # ---- failing -------------------------------------------------------------------------------
 
 
-def fail(launch: Launch, error: Exception, *, expected: bool) -> None:
-    """Prints why this rank fails, unless another rank has said why the job does.
+def fail(launch: Launch, error: Exception, *, expected: bool) -> int:
+    """Prints why this rank fails, unless another one has said why the job does; the exit code.
 
     An expected error is one line, others are a traceback. Ranks mostly fail for one reason:
     all meet the same error, or one meets it and the others then miss that one. So the first one
     to fail speaks, and that is rank 0 where it fails within a second as the others do.
     """
     who = f"rank {launch.rank}: " if launch.rank else ""
-    if is_lost_peer(error):
-        text = f"error: {who}the connection to another rank is lost ({first_line(error)})"
+    code, key = (2 if isinstance(error, ConfigError) else 1), FAILURE
+    if lost := lost_peer(error):
+        code, key = LOST_PEER, LOST
+        text = f"error: {who}another rank is lost: {lost}"
     elif expected:
         text = f"error: {who}{error}"
     else:
-        text = f"{who}{''.join(traceback.format_exception(error))}".rstrip()
-    if _speaks(launch, error, text):
+        trace = "".join(traceback.format_exception(error)).rstrip()
+        text = f"error: rank {launch.rank}:\n{trace}"
+    if _speaks(launch, error, key, text):
         print(text, file=sys.stderr, flush=True)
+    return code
 
 
-def is_lost_peer(error: Exception) -> bool:
-    """Whether an error tells only that another rank, or the network to it, has gone."""
-    # gloo raises a bare RuntimeError
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
-    )
+def lost_peer(error: Exception) -> str:
+    """What an error says of a connection, if that is all it says: another rank, or the network
+    to it, has gone."""
+    # gloo raises a bare RuntimeError: [/path/gloo/transport/tcp/pair.cc:553] Connection closed ...
+    is_gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    if not is_gloo and not isinstance(error, dist.DistError):
+        return ""
+    return re.split(r"\.\s|\n", re.sub(r"^\[\S*\] ", "", str(error)))[0] or type(error).__name__
 
 
-def first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0][:200]
-
-
-def _speaks(launch: Launch, error: Exception, text: str) -> bool:
+def _speaks(launch: Launch, error: Exception, key: str, text: str) -> bool:
     if launch.world_size == 1:
         return True
     if not dist.is_initialized():
@@ -257,9 +264,12 @@ def _speaks(launch: Launch, error: Exception, text: str) -> bool:
         time.sleep(HEAD_START)
     mine = f"{launch.rank}\n{text}"
     try:
+        # asked first: to a store that has gone, torch's client logs pages before it raises
+        socket.create_connection((launch.host, launch.port), 2).close()
         store = dist.TCPStore(
             launch.host, launch.port, is_master=False, timeout=timedelta(seconds=2)
         )
-        return store.compare_set(FAILURE, "", mine).decode() == mine
-    except dist.DistError:
+        is_first = store.compare_set(key, "", mine).decode() == mine
+        return is_first and (key == FAILURE or not store.check([FAILURE]))
+    except (OSError, dist.DistError):
         return False  # it was rank 0's, which has gone, and has said why

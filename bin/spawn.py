@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 from attrs import Factory, define, frozen
 
-from omnistep.bin.launch import FAILURE, LAUNCHER
+from omnistep.bin.launch import FAILURE, LAUNCHER, LOST_PEER
 from omnistep.bin.stop import AT_ONCE, INTERRUPTED, RESUME_ME
 
 GRACE = 5.0
@@ -30,7 +30,7 @@ TAIL = 4000
 """Characters shown of the standard error of a rank that could not say why it ended."""
 
 
-def spawn(command: Sequence[str], nproc: int) -> int:
+def spawn(command: Sequence[str], nproc: int, grace: float = GRACE) -> int:
     """Runs `command` as ranks 0 to nproc - 1; returns the exit code for all of them.
 
     Rank 0 has our standard output and error. When a rank fails the others are ended, and what it
@@ -47,7 +47,7 @@ def spawn(command: Sequence[str], nproc: int) -> int:
             for rank in range(nproc):
                 environment = rank_environment(os.environ, rank, nproc, store.port)
                 ranks.append(_start(command, environment, errors[rank] if rank else None))
-            failed = _watch(ranks, signals)
+            failed = _watch(ranks, signals, grace)
         finally:
             for process in ranks:
                 process.kill()
@@ -55,10 +55,10 @@ def spawn(command: Sequence[str], nproc: int) -> int:
         codes = [process.returncode for process in ranks]
         if signals.interrupts > 1:
             return INTERRUPTED
-        if signals.asked and all(codes[rank] == -signal.SIGTERM for rank in failed):
-            return 128 + signals.first if failed else max(codes)
         if not failed:
             return max(codes)
+        if signals.asked and all(codes[rank] == -signal.SIGTERM for rank in failed):
+            return 128 + signals.first  # before they could take it as a wish to save and end
         tails = {rank: _tail(errors[rank]) for rank in failed if rank}
         said = store.get(FAILURE).decode() if store.check([FAILURE]) else None
         verdict = blame({rank: codes[rank] for rank in failed}, said, tails)
@@ -130,7 +130,7 @@ class _Signals:
             signal.signal(number, handler)
 
 
-def _watch(ranks: Sequence[subprocess.Popen[bytes]], signals: _Signals) -> list[int]:
+def _watch(ranks: Sequence[subprocess.Popen[bytes]], signals: _Signals, grace: float) -> list[int]:
     """Waits for all ranks, and ends them when one fails. The ranks that failed by themselves."""
     failed: list[int] = []
     told, deadline = False, None
@@ -140,7 +140,7 @@ def _watch(ranks: Sequence[subprocess.Popen[bytes]], signals: _Signals) -> list[
             for process in running:
                 process.send_signal(signal.SIGTERM)
         if deadline is None and (failed := _failed(ranks)):
-            deadline = time.monotonic() + GRACE
+            deadline = time.monotonic() + grace
             for process in running:
                 process.send_signal(signal.SIGTERM)
         if deadline is not None and time.monotonic() > deadline:
@@ -164,20 +164,23 @@ class Verdict:
 def blame(codes: Mapping[int, int], said: str | None, tails: Mapping[int, str]) -> Verdict:
     """Why the job failed.
 
-    `codes`: of the ranks that failed before any was ended, in order. `said`: `rank\\ntext` of the
-    first one that could say why. `tails`: the end of each one's standard error, save rank 0's.
+    `codes`: of the ranks that failed before any was ended. `said`: `rank\\ntext` of the first
+    one that failed by itself and could say why. `tails`: the end of each one's standard error,
+    save rank 0's.
     """
-    killed = {rank: -code for rank, code in codes.items() if code < 0}
     speaker, _, text = (said or "").partition("\n")
     lines = [text] if text and speaker != "0" else []
-    if not killed and said:
-        own = codes.get(int(speaker), 1)
-        return Verdict(own, tuple(lines))
-    rank = next(iter(killed or codes))
+    killed = [rank for rank, code in codes.items() if code < 0]
+    if said and not killed:
+        return Verdict(codes.get(int(speaker), 1), tuple(lines))
+    # without a word: killed, or ended by a library
+    silent = [rank for rank, code in codes.items() if code != LOST_PEER]
+    rank = (killed or silent or list(codes))[0]
     lines += [tails[rank]] if tails.get(rank) else []
-    how = f"was killed by {_signal_name(killed[rank])}" if killed else f"failed ({codes[rank]})"
-    lines.append(f"error: rank {rank} {how}; the others were ended")
-    return Verdict(128 + killed[rank] if killed else codes[rank], tuple(lines))
+    code = codes[rank]
+    how = f"was killed by {_signal_name(-code)}" if killed else f"ended with exit code {code}"
+    lines.append(f"error: rank {rank} {how}, so the others were ended")
+    return Verdict(128 - code if killed else code, tuple(lines))
 
 
 def _signal_name(number: int) -> str:

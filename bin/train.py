@@ -3,14 +3,13 @@
 import gc
 import json
 import math
-import signal
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import attrs
@@ -21,6 +20,9 @@ from torch import Tensor
 from omnistep.bin import build
 from omnistep.bin.build import Data, Model, RunError
 from omnistep.bin.export import export
+from omnistep.bin.launch import Launch, LaunchError, fail, join, leave, read_launch, take_nproc
+from omnistep.bin.spawn import spawn
+from omnistep.bin.stop import RESUME_ME, Stop
 from omnistep.core import param, rng
 from omnistep.core.batch import Batch
 from omnistep.core.checkpoint.shards import CheckpointError
@@ -46,8 +48,10 @@ from omnistep.data.state import DataState
 from omnistep.models import decoder
 from omnistep.models.hf import ConfigJsonError
 
-RESUME_ME = 75
-"""Exit code after SIGTERM: all is saved, the run is not finished (EX_TEMPFAIL)."""
+EXPECTED = (
+    *(ConfigError, LaunchError, RunError, DataError, ConfigJsonError, CheckpointError, OSError),
+)
+"""Errors that say all there is to say; others need a traceback."""
 
 Say = Callable[[str], None]
 Metrics = dict[str, Tensor]
@@ -76,19 +80,28 @@ def main(argv: list[str] | None = None) -> int:
     if wants_help(argv):
         print(help_text(TRAIN))
         return 0
+    launch = Launch()
     try:
-        args = load(argv, world_size=1, cuda=torch.cuda.is_available(), command=TRAIN)
-        with Stop() as stop:
-            return run(args, stop)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (RunError, DataError, ConfigJsonError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        launch = read_launch(os.environ)
+        argv, nproc = take_nproc(argv, launch)
+        ranks, cuda = max(nproc, launch.world_size), torch.cuda.is_available()
+        args = load(argv, world_size=ranks, cuda=cuda, command=TRAIN)
+        if nproc > 1:
+            return spawn([sys.executable, "-m", "omnistep.bin.train", *argv], nproc)
+        join(launch, "cuda" if cuda and args.train.init_device != "cpu" else "cpu")
+        with Stop(silent=launch.rank > 0) as stop:
+            code = run(args, stop)
+            leave()
+        return code
+    except EXPECTED as error:
+        return fail(launch, error, expected=True)
+    except Exception as error:
+        if launch.world_size == 1:
+            raise
+        return fail(launch, error, expected=False)
 
 
-def run(args: Arguments, stop: "Stop") -> int:
+def run(args: Arguments, stop: Stop) -> int:
     """Trains from the start, or from a checkpoint, to the last step. Returns the exit code."""
     train, output = args.train, Path(args.train.output_dir)
     if train.enable_full_determinism:
@@ -371,28 +384,6 @@ def finish(args: Arguments, output: Path, model: Model, position: Position, say:
         places["weights"] = output / "hf"
     for name, place in places.items():
         say(f"{name:>12}  {place}")
-
-
-class Stop:
-    """SIGTERM and the first Ctrl-C ask the loop to save and end; a second Ctrl-C ends at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Stop":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
 
 
 if __name__ == "__main__":

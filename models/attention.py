@@ -10,11 +10,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from omnistep.models.attention_cpu import attention_cpu
-from omnistep.models.attention_cuda import attention_cuda
+from omnistep.models.attention_cuda import attention_cuda, first_seen
+from omnistep.models.attention_ring import attention_in_ring
+from omnistep.parallel.mesh import Group
+from omnistep.parallel.ring import local_chunks
 
 SAVED_OPS = frozenset(
     {
         torch.ops.omnistep.attention_cpu.default,
+        torch.ops.omnistep.attention_part.default,
         torch.ops.torch_attn._varlen_attn.default,
         torch.ops.higher_order.flex_attention,
     }
@@ -50,6 +54,36 @@ def attention(
     if q.device.type == "cuda":
         return attention_cuda(q, k, v, starts, scale=scale, window=window, max_samples=max_samples)
     return attention_cpu(q, k, v, starts, scale, window)[0]
+
+
+def ring_attention(
+    q: Float[Tensor, "rows local heads head_dim"],
+    k: Float[Tensor, "rows local kv_heads head_dim"],
+    v: Float[Tensor, "rows local kv_heads head_dim"],
+    starts: Int[Tensor, "rows seq"],
+    group: Group,
+    *,
+    scale: float,
+    window: int | None,
+) -> Float[Tensor, "rows local heads head_dim"]:
+    """`attention` of rows that are cut over the ranks of `group`; on one rank it is `attention`.
+
+    Differentiable; all ranks of the group must call it. See omnistep.parallel.ring for which tokens
+    a rank holds (`take_local`) and for what is sent. Balanced for one long sample; where samples
+    are short, ranks do different work and wait for each other.
+
+    Args:
+        q, k, v: of this rank's tokens, local = seq / group.size, in the order of `local_chunks`.
+        starts: as for `attention`, of the whole rows in their natural order, on every rank.
+
+    Raises:
+        ValueError: as `attention` does; also where seq is not a multiple of 2 * group.size.
+    """
+    if group.size == 1:
+        return attention(q, k, v, starts, scale=scale, window=window)
+    local_chunks(starts.shape[1], group)
+    _check(q, k, v, starts, window, group.size)
+    return attention_in_ring(q, k, v, first_seen(starts, window), group, scale)
 
 
 def decode_attention(
@@ -97,7 +131,9 @@ def decode_attention(
     return out.reshape(rows, 1, heads, head_dim)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, window: int | None) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, window: int | None, ranks: int = 1
+) -> None:
     rows, seq, heads, head_dim = q.shape
     if k.shape != v.shape or k.shape[:2] != (rows, seq) or k.shape[3] != head_dim:
         raise ValueError(
@@ -110,10 +146,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, window: int | None) 
         raise ValueError(
             f"q, k and v must have one floating dtype; they have {q.dtype}, {k.dtype}, {v.dtype}"
         )
-    if starts.shape != (rows, seq) or starts.dtype != torch.int32:
+    if starts.shape != (rows, seq * ranks) or starts.dtype != torch.int32:
         raise ValueError(
-            f"starts must be int32 [{rows}, {seq}], as segment_starts makes it; it is "
-            f"{starts.dtype} {tuple(starts.shape)}"
+            f"starts must be int32 [{rows}, {seq * ranks}], as segment_starts makes it, of whole "
+            f"rows; it is {starts.dtype} {tuple(starts.shape)}"
         )
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; it must be at least 1, or None for no window")

@@ -23,6 +23,8 @@ from filelock import FileLock
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from omnistep.models.attention_plain import compute_dtype, torch_backward, torch_forward
+
 SOURCE = Path(__file__).with_name("attention_cpu.cpp")
 log = logging.getLogger(__name__)
 
@@ -141,11 +143,6 @@ def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def compute_dtype(q: Tensor) -> torch.dtype:
-    """In which the kernel computes and returns logsumexps: float32, or float64 for float64."""
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
 def _call(
     library: ctypes.CDLL,
     function: str,
@@ -242,9 +239,7 @@ def kernel_backward(
     """The gradients of q, k and v, and how many scores were computed."""
     grads = [x.new_empty(x.shape, dtype=compute_dtype(q)) for x in (q, k, v)]
     known = _known(grad, out, lse)
-    scores = _call(
-        library, "backward", q, k, v, starts, None, scale, window, *known, *grads
-    )
+    scores = _call(library, "backward", q, k, v, starts, None, scale, window, *known, *grads)
     q_grad, k_grad, v_grad = (g.to(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
     return q_grad, k_grad, v_grad, scores
 
@@ -276,89 +271,6 @@ def _known(grad: Tensor, out: Tensor, lse: Tensor):
     grad = _readable(grad, dtype)
     strides = _numbers(*grad.stride()[:3])
     return out.to(dtype).contiguous(), lse.contiguous(), grad, strides
-
-
-def torch_forward(
-    q: Float[Tensor, "rows seq heads head_dim"],
-    k: Float[Tensor, "rows seq kv_heads head_dim"],
-    v: Float[Tensor, "rows seq kv_heads head_dim"],
-    starts: Int[Tensor, "rows seq"],
-    scale: float,
-    window: int | None,
-) -> tuple[Tensor, Tensor]:
-    """Output and logsumexp from torch's own CPU attention, one sample at a time."""
-    rows, seq, heads, _ = q.shape
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((rows, heads, seq), dtype=compute_dtype(q))
-    for row, first, last in _samples(starts):
-        part = (slice(row, row + 1), slice(first, last))
-        one_out, one_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q[part].transpose(1, 2),
-            *_repeated(heads, k[part], v[part]),
-            **_masking(q, last - first, window),
-            scale=scale,
-        )
-        out[part] = one_out.transpose(1, 2)
-        lse[row, :, first:last] = one_lse[0]
-    return out, lse
-
-
-def torch_backward(
-    grad: Float[Tensor, "rows seq heads head_dim"],
-    q: Float[Tensor, "rows seq heads head_dim"],
-    k: Float[Tensor, "rows seq kv_heads head_dim"],
-    v: Float[Tensor, "rows seq kv_heads head_dim"],
-    out: Float[Tensor, "rows seq heads head_dim"],
-    lse: Float[Tensor, "rows heads seq"],
-    starts: Int[Tensor, "rows seq"],
-    scale: float,
-    window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v from torch's own CPU attention, one sample at a time."""
-    heads = q.shape[2]
-    grads = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
-    for row, first, last in _samples(starts):
-        part = (slice(row, row + 1), slice(first, last))
-        masking = _masking(q, last - first, window)
-        q_grad, *of_heads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad[part].transpose(1, 2),
-            q[part].transpose(1, 2),
-            *_repeated(heads, k[part], v[part]),
-            out[part].transpose(1, 2),
-            # laid out [rows, seq, heads] in memory, which is how the forward pass returns it
-            lse[row : row + 1, :, first:last].transpose(1, 2).contiguous().transpose(1, 2),
-            0.0,
-            masking.pop("is_causal"),
-            **masking,
-            scale=scale,
-        )
-        grads[0][part] = q_grad.transpose(1, 2)
-        for whole, repeated in zip(grads[1:], of_heads, strict=True):
-            shared = repeated.unflatten(1, (k.shape[2], heads // k.shape[2])).sum(2)
-            whole[part] = shared.transpose(1, 2)
-    return grads
-
-
-def _samples(starts: Tensor) -> list[tuple[int, int, int]]:
-    """(row, first token, end) of every sample."""
-    found = []
-    for row, line in enumerate(starts.tolist()):
-        begins = [index for index, start in enumerate(line) if start == index]
-        found += [(row, *ends) for ends in zip(begins, [*begins[1:], len(line)], strict=True)]
-    return found
-
-
-def _repeated(heads: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """[rows, seq, kv_heads, head_dim] to [rows, heads, seq, head_dim]."""
-    return tuple(x.repeat_interleave(heads // x.shape[2], 2).transpose(1, 2) for x in tensors)
-
-
-def _masking(q: Tensor, length: int, window: int | None) -> dict:
-    if window is None or window >= length:
-        return {"is_causal": True, "attn_mask": None}
-    seen = q.new_ones((length, length), dtype=torch.bool).tril().triu(1 - window)
-    bias = q.new_zeros((length, length)).masked_fill(~seen, float("-inf"))
-    return {"is_causal": False, "attn_mask": bias}
 
 
 @torch.library.custom_op("omnistep::attention_cpu", mutates_args=(), device_types="cpu")

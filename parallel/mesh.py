@@ -14,6 +14,8 @@ import torch.distributed as dist
 from attrs import field, frozen
 from torch.distributed.device_mesh import DeviceMesh
 
+_c10d = torch._C._distributed_c10d
+
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "ulysses", "tp")
 """Outermost first."""
 
@@ -98,6 +100,13 @@ def make_mesh(sizes: Mapping[str, int], device: torch.device) -> Mesh:
     return Mesh(device, sizes, rank, groups, device_mesh)
 
 
+def destroy_groups() -> None:
+    """Ends torch.distributed in this process, with the groups of all meshes. (Groups that are only
+    known by a name of ours would outlive their threads and abort the process at exit.)"""
+    _c10d._unregister_all_process_groups()
+    dist.destroy_process_group()
+
+
 def pick_device(init_device: str = "cuda") -> torch.device:
     """The device to compute on: CUDA where there is one and it is not declined by `cpu`."""
     if init_device != "cpu" and torch.cuda.is_available():
@@ -112,14 +121,19 @@ def _make_group(
     outside = [i for i in range(len(names)) if i not in inside]
     rows = ranks.permute(*outside, *inside).reshape(-1, math.prod(ranks.shape[i] for i in inside))
     members = rows[(rows == rank).any(-1)].flatten().tolist()
-    name = "omnistep:" + "+".join(axes)
-    group = dist.group.WORLD
-    if len(members) < ranks.numel():
-        # only the members take part: no barrier over the whole job for each of many groups
-        group = dist.new_group(members, use_local_synchronization=True)
-    torch._C._distributed_c10d._register_process_group(name, group)
-    return Group(axes, len(members), members.index(rank), name)
+    shape = " ".join(f"{axis}={size}" for axis, size in zip(names, ranks.shape, strict=True))
+    group = Group(axes, len(members), members.index(rank), f"{'+'.join(axes)} of {shape}")
+    try:
+        process_group(group)
+    except RuntimeError:  # the first mesh of this shape
+        made = dist.group.WORLD
+        if len(members) < ranks.numel():
+            # only the members take part: no barrier over the whole job for each of many groups
+            made = dist.new_group(members, use_local_synchronization=True)
+        _c10d._register_process_group(group.name, made)
+    return group
 
 
 def process_group(group: Group) -> dist.ProcessGroup:
-    return torch._C._distributed_c10d._resolve_process_group(group.name)
+    """torch's own handle of a group of more than one rank."""
+    return _c10d._resolve_process_group(group.name)

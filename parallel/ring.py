@@ -1,0 +1,138 @@
+"""Sequences cut over the ranks of a ring, and a ring in which keys and values travel.
+
+A row is cut into 2 * size equal chunks; rank i holds chunks i and 2 * size - 1 - i, one after the
+other. Under a causal mask a late chunk sees much and an early one little, so every rank has the
+same number of pairs (chunk of queries, chunk of keys) to compute: two at each hop, whoever's keys
+are passing. (The order is that of Llama 3's context parallelism, arXiv 2407.21783, section 3.3.2;
+the ring is that of Liu et al. 2023, arXiv 2310.01889.)
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from omnistep.parallel.mesh import Group
+
+Chunks = tuple[tuple[int, int], tuple[int, int]]
+"""(begin, end) in the row of the two chunks of a rank, in the order in which it holds them."""
+
+_c10d = torch.ops._c10d_functional
+_wait = _c10d.wait_tensor
+
+
+def chunks_of(seq: int, size: int, index: int) -> Chunks:
+    """What rank `index` of `size` holds of a row of `seq` tokens. One rank holds all, in order.
+
+    Raises ValueError where the row does not divide into 2 * size chunks.
+    """
+    if size == 1:
+        return (0, seq // 2), (seq // 2, seq)
+    chunk = seq // (2 * size)
+    if seq % (2 * size) or not chunk:
+        lengths = [n * 2 * size for n in (chunk, chunk + 1) if n]
+        raise ValueError(
+            f"a row of {seq} tokens cannot be cut into 2 x {size} equal chunks for {size} ranks; "
+            f"its length must be a multiple of {2 * size}, such as "
+            f"{' or '.join(map(str, lengths))}"
+        )
+    mirrored = 2 * size - 1 - index
+    return (index * chunk, (index + 1) * chunk), (mirrored * chunk, (mirrored + 1) * chunk)
+
+
+def local_chunks(seq: int, group: Group) -> Chunks:
+    """What this rank holds of a row of `seq` tokens; see `chunks_of`."""
+    return chunks_of(seq, group.size, group.index)
+
+
+def take_local(x: Tensor, group: Group, dim: int = 1) -> Tensor:
+    """This rank's tokens of whole rows, whose tokens lie along `dim`."""
+    if group.size == 1:
+        return x
+    return torch.cat([x.narrow(dim, b, e - b) for b, e in local_chunks(x.shape[dim], group)], dim)
+
+
+def tokens_before(position: Tensor, chunks: Chunks) -> Tensor:
+    """How many of the chunks' tokens lie before each position of the row.
+
+    As chunks are held in the order of the row, that is also where in them the first token at or
+    after the position lies: what bounds in the row become in the local order of a rank.
+    """
+    first, second = ((position - begin).clamp(0, end - begin) for begin, end in chunks)
+    return first + second
+
+
+def holder(hop: int, size: int, index: int) -> int:
+    """Whose keys and values rank `index` has at hop 0 .. size - 1: blocks move to the next rank."""
+    return (index - hop) % size
+
+
+Part = Callable[[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None], tuple]
+"""(q, k, v, seen, (out, lse) of earlier keys or None) -> (out, lse) with these keys."""
+PartBackward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple]
+"""(grad, q, k, v, out, lse, seen) -> (grad of q, grads of k and v stacked), from these keys only;
+out and lse are those of all keys."""
+
+
+def ring(
+    part: Part,
+    part_backward: PartBackward,
+    group: Group,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: tuple[Tensor, ...],
+) -> Tensor:
+    """What `part` gives when it has gone over the keys of all ranks. Differentiable.
+
+    k and v travel together, a hop forward while the keys that are here are computed: size - 1
+    messages. In the backward pass they travel again, and the sums of their gradients, in the dtype
+    of `part_backward`, travel with them and one hop further, home: size - 1 and size messages. A
+    rank holds its own keys, one passing block, and one that is on its way.
+
+    Args:
+        k, v: of one shape and dtype, the same on all ranks.
+        seen: for each hop, what `part` must know of the queries here and the keys of `holder`.
+    """
+    return _Ring.apply(part, part_backward, group.size, group.index, group.name, q, k, v, *seen)  # pyright: ignore
+
+
+def _send(x: Tensor, size: int, index: int, name: str) -> Tensor:
+    """Starts to send x to the next rank; what comes from the one before may be read after _wait."""
+    sends, receives = [0] * size, [0] * size
+    sends[(index + 1) % size] = receives[(index - 1) % size] = x.numel()
+    return _c10d.all_to_all_single(x.view(-1), receives, sends, name)
+
+
+class _Ring(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, part, part_backward, size, index, name, q, k, v, *seen):  # pyright: ignore[reportIncompatibleMethodOverride]
+        state, kv = None, torch.stack([k, v])
+        for hop in range(size):
+            coming = _send(kv, size, index, name) if hop < size - 1 else None
+            state = part(q, kv[0], kv[1], seen[hop], state)
+            if coming is not None:
+                kv = _wait(coming).view(kv.shape)
+        out, lse = state  # pyright: ignore
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse, *seen)
+        ctx.ring = (part_backward, size, index, name)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        part_backward, *ring = ctx.ring
+        size = ring[0]
+        q, k, v, out, lse, *seen = ctx.saved_tensors
+        q_grad, kv_grad, kv = None, None, torch.stack([k, v])
+        for hop in range(size):
+            coming = _send(kv, *ring) if hop < size - 1 else None
+            of_q, of_kv = part_backward(grad, q, kv[0], kv[1], out, lse, seen[hop])
+            q_grad = of_q if q_grad is None else q_grad + of_q
+            if kv_grad is not None:  # set out one hop ago, while these were computed
+                of_kv = _wait(kv_grad).view(of_kv.shape) + of_kv
+            kv_grad = _send(of_kv, *ring)
+            if coming is not None:
+                kv = _wait(coming).view(kv.shape)
+        k_grad, v_grad = _wait(kv_grad).view(kv.shape).to(k.dtype).unbind(0)
+        return (*[None] * 5, q_grad.to(q.dtype), k_grad, v_grad, *[None] * size)  # pyright: ignore

@@ -1,0 +1,72 @@
+"""One rank of a job that test_launch.py starts: `python -m tests.bin.rank <case> [rank]`. It joins
+and leaves as bin/train does, and does nothing in between but what the case asks for."""
+
+import os
+import signal
+import sys
+import time
+
+import torch
+
+from omnistep.bin.launch import fail, join, leave, read_launch
+from omnistep.bin.stop import RESUME_ME, Stop
+from omnistep.core.config import ConfigError
+from omnistep.parallel.collectives import all_reduce
+from omnistep.parallel.mesh import Mesh, make_mesh
+
+
+def main(case: str, chosen: int) -> int:
+    launch = read_launch(os.environ)
+    try:
+        join(launch, "cpu")
+        mesh = make_mesh({"dp_shard": launch.world_size}, torch.device("cpu"))
+        with Stop(silent=launch.rank > 0) as stop:
+            code = act(case, mesh, stop, mesh.rank == chosen)
+            leave()
+        return code
+    except ConfigError as error:
+        return fail(launch, error, expected=True)
+    except Exception as error:
+        return fail(launch, error, expected=False)
+
+
+def act(case: str, mesh: Mesh, stop: Stop, is_chosen: bool) -> int:
+    print(f"rank {mesh.rank} of {mesh.world.size}", flush=True)
+    if case == "sum":
+        print(all_reduce(torch.tensor([mesh.rank + 1]), mesh.world).item())
+        print(f"{torch.get_num_threads()} threads")
+        return 0
+    if case == "stop":
+        return steps(mesh, stop)
+    if case == "all fail":
+        raise ConfigError(["what all ranks see"])
+    if is_chosen and case == "expected":
+        raise ConfigError(["what one rank sees"])
+    if is_chosen and case == "raise":
+        raise ValueError("boom")
+    if is_chosen and case == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if is_chosen and case == "exit":
+        print("the last words", file=sys.stderr, flush=True)
+        os._exit(7)
+    if case == "stuck" and not is_chosen:
+        time.sleep(600)
+    if case == "stuck":
+        raise ValueError("boom")
+    all_reduce(torch.ones(1), mesh.world)  # the others wait here for the one that is gone
+    return 0
+
+
+def steps(mesh: Mesh, stop: Stop) -> int:
+    """Ranks of different speed, as a loop without any other communication."""
+    step = 0
+    while not stop.agreed(mesh.world):
+        step += 1
+        time.sleep(0.01 * (1 + mesh.rank))
+    all_steps = [all_reduce(torch.tensor([step]), mesh.world, op).item() for op in ("sum", "max")]
+    print("the same step" if all_steps[0] == all_steps[1] * mesh.world.size else all_steps)
+    return RESUME_ME
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2]) if sys.argv[2:] else 0))

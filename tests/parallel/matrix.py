@@ -1,0 +1,235 @@
+"""One rank of the parity matrix: `cases` on this many ranks, each against what one rank gave.
+
+The same seed, the same global batch, three steps; then every parameter and both moments (the
+gradients' running means), the losses and gradient norms.
+"""
+
+import math
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from attrs import frozen
+
+from omnistep.core import optim, param, rng
+from omnistep.core.batch import Batch
+from omnistep.core.step import TrainState, init_state, make_train_step
+from omnistep.core.tree import Tree, leaves_with_names, tree_map
+from omnistep.models import decoder
+from omnistep.parallel.layout import Strategy, extent
+from omnistep.parallel.mesh import Mesh, destroy_groups, make_mesh
+from omnistep.parallel.remat import Remat
+
+ROWS, SEQ, STEPS = 24, 32, 3
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+MODELS = {
+    "llama": decoder.Config(
+        vocab=64, embed=32, layers=4, heads=8, kv_heads=4, head_dim=4, mlp=64, init_std=0.2
+    ),
+    "qwen3": decoder.Config(
+        vocab=64,
+        embed=32,
+        layers=4,
+        heads=8,
+        kv_heads=4,
+        head_dim=4,
+        mlp=64,
+        tied=True,
+        qk_norm=True,
+        init_std=0.2,
+    ),
+    "bias": decoder.Config(
+        vocab=64,
+        embed=32,
+        layers=4,
+        heads=8,
+        kv_heads=4,
+        head_dim=4,
+        mlp=64,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        windows=(None, 5, None, 5),
+        init_std=0.2,
+    ),
+}
+
+
+@frozen
+class Case:
+    """`sizes` as text, "dp_shard 2, tp 2"; what does not change the numbers, and what they are."""
+
+    sizes: str
+    strategy: Strategy = "zero3"
+    model: str = "qwen3"
+    packed: bool = True
+    accumulate: int = 1
+    dtype: str = "fp64"
+    mode: Remat = "none"
+    bucket: bool = False
+    compile: bool = False
+
+    @property
+    def mesh_sizes(self) -> dict[str, int]:
+        pairs = (item.split() for item in self.sizes.split(",") if item.strip())
+        return {axis: int(size) for axis, size in pairs}
+
+    @property
+    def ranks(self) -> int:
+        return math.prod(self.mesh_sizes.values())
+
+    @property
+    def reference(self) -> str:
+        return f"{self.model}-{'packed' if self.packed else 'padded'}-{self.dtype}"
+
+    def __str__(self) -> str:
+        parts = [self.sizes, self.strategy, self.reference, f"accumulate {self.accumulate}"]
+        parts += [self.mode] * (self.mode != "none") + ["bucket"] * self.bucket
+        return ", ".join(parts + ["compiled"] * self.compile)
+
+
+def global_batch(step: int, packed: bool, dtype: torch.dtype) -> Batch:
+    """ROWS rows of SEQ tokens: samples of random lengths, or one sample and padding."""
+    g = torch.Generator().manual_seed(100 + step)
+    tokens = torch.randint(64, (ROWS, SEQ), generator=g)
+    targets = tokens.roll(-1, 1)
+    weights = (torch.rand(ROWS, SEQ, generator=g) < 0.8).to(dtype)
+    index = torch.arange(SEQ).expand(ROWS, SEQ)
+    if packed:
+        begins = torch.rand(ROWS, SEQ, generator=g) < 0.12
+        begins[:, 0] = True
+        starts = torch.where(begins, index, 0).cummax(1).values
+        return Batch(tokens, targets, weights, positions=index - starts)
+    lengths = torch.randint(SEQ // 3, SEQ + 1, (ROWS, 1), generator=g)
+    real = index < lengths
+    return Batch(tokens, targets, weights * real, positions=torch.where(real, index, 0))
+
+
+def my_rows(batch: Batch, mesh: Mesh, accumulate: int) -> Batch:
+    """This data rank's rows of the global batch, as micro-batches."""
+    group = mesh.group("dp_replicate", "dp_shard")
+
+    def cut(x: torch.Tensor) -> torch.Tensor:
+        x = x.chunk(group.size)[group.index]
+        return x if accumulate == 1 else x.unflatten(0, (accumulate, -1))
+
+    return tree_map(cut, batch)
+
+
+def optimizer(tree: Tree) -> optim.Optimizer:
+    return optim.adamw(weight_decay=0.1, decay_mask=param.decay_mask(tree))
+
+
+def train(case: Case, mesh: Mesh) -> tuple[TrainState, list[dict[str, float]], param.Layout]:
+    cfg, dtype = MODELS[case.model], DTYPES[case.dtype]
+    tree = decoder.params(cfg)
+    layout = param.make_layout(tree, mesh, case.strategy, dtype, bucket=case.bucket)
+    cpu = torch.device("cpu")
+    weights = param.initialize(tree, rng.key(3), dtype, cpu, layout)
+    step = make_train_step(
+        decoder.make_stages(cfg, layout, mode=case.mode, compile=case.compile),
+        optimizer(tree),
+        lambda step: torch.full((), 1e-2),
+        layout=layout,
+        accumulate=case.accumulate,
+        compile=case.compile,
+    )
+    state, seen = init_state(weights, optimizer(tree), rng.key(0)), []
+    for i in range(STEPS):
+        batch = my_rows(global_batch(i, case.packed, dtype), mesh, case.accumulate)
+        state, metrics = step(state, batch)
+        seen.append({name: float(value) for name, value in metrics.items()})
+    return state, seen, layout
+
+
+def reference(case: Case) -> dict:
+    """What one rank gives; plain tensors."""
+    alone = Case("", "ddp", case.model, case.packed, 1, case.dtype)
+    state, metrics, _ = train(alone, Mesh(torch.device("cpu")))
+    return {"state": leaves_with_names(trees(state)), "metrics": metrics}
+
+
+def trees(state: TrainState) -> Tree:
+    return {"params": state.params, "mu": state.opt_state["mu"], "nu": state.opt_state["nu"]}
+
+
+def compare(case: Case, mesh: Mesh, wanted: dict) -> dict[str, float]:
+    """Relative errors: of every leaf of the state over all ranks, and of every metric."""
+    state, metrics, layout = train(case, mesh)
+    places = leaves_with_names(layout.places)
+    names, squares = [], []
+    for name, leaf in leaves_with_names(trees(state)).items():
+        at = places[name.split(".", 1)[1]]
+        shape, offset = extent(at, mesh)
+        whole = wanted["state"][name]
+        part = whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+        local = leaf if mesh.device_mesh is None else leaf.to_local()
+        assert local.shape == part.shape and leaf.shape == whole.shape
+        names.append(name)
+        squares.append(torch.stack([(local - part).double().square().sum(), part.double().square().sum()]))
+    sums = torch.stack(squares)
+    if mesh.world.size > 1:
+        dist.all_reduce(sums)
+    errors = {n: math.sqrt(a / b) for n, (a, b) in zip(names, sums.tolist(), strict=True)}
+    for i, (ours, theirs) in enumerate(zip(metrics, wanted["metrics"], strict=True)):
+        for name in ("loss", "grad_norm", "weight"):
+            errors[f"{name} of step {i}"] = abs(ours[name] - theirs[name]) / abs(theirs[name])
+    return errors
+
+
+def run_rank(rank: int, world: int, folder: Path) -> None:
+    """Writes {case: its errors} from rank 0."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous{world}", rank=rank, world_size=world
+    )
+    results = {}
+    for case in pickle.loads((folder / f"cases{world}").read_bytes()):
+        mesh = make_mesh(case.mesh_sizes, torch.device("cpu"))
+        wanted = torch.load(folder / f"{case.reference}.pt")
+        begin = time.perf_counter()
+        results[str(case)] = compare(case, mesh, wanted)
+        results[str(case)]["seconds"] = time.perf_counter() - begin
+    if rank == 0:
+        torch.save(results, folder / f"results{world}.pt")
+    destroy_groups()
+
+
+def run(cases: Sequence[Case]) -> dict[str, dict[str, float]]:
+    """The errors of each case, with one group of processes for each number of ranks."""
+    results, environ = {}, os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for case in {case.reference: case for case in cases}.values():
+            torch.save(reference(case), folder / f"{case.reference}.pt")
+        for world in sorted({case.ranks for case in cases}):
+            mine = [case for case in cases if case.ranks == world]
+            (folder / f"cases{world}").write_bytes(pickle.dumps(mine))
+            command = [sys.executable, "-m", "tests.parallel.matrix", name, str(world)]
+            ranks = [
+                subprocess.Popen([*command, str(rank)], env=environ) for rank in range(world)
+            ]
+            try:
+                while any(rank.poll() is None for rank in ranks):
+                    if any(rank.poll() for rank in ranks):
+                        raise RuntimeError(f"one of {world} ranks failed; its traceback is above")
+                    time.sleep(0.1)
+            finally:
+                for rank in ranks:
+                    rank.kill()
+            assert not any(rank.wait() for rank in ranks)
+            results |= torch.load(folder / f"results{world}.pt")
+    return results
+
+
+if __name__ == "__main__":
+    from tests.parallel.matrix import run_rank as entry  # so that pickled cases find their class
+
+    entry(int(sys.argv[3]), int(sys.argv[2]), Path(sys.argv[1]))
