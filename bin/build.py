@@ -11,6 +11,8 @@ from attrs import frozen
 from omnistep.core import optim, param, rng
 from omnistep.core.checkpoint.safetensors import open_weights
 from omnistep.core.config import Arguments, ModelArguments, TrainArguments
+from omnistep.core.config_mesh import mesh_sizes
+from omnistep.core.param import Layout
 from omnistep.core.schedule import make_schedule
 from omnistep.core.step import Schedule
 from omnistep.core.tree import Tree
@@ -20,7 +22,9 @@ from omnistep.data.source import open_source
 from omnistep.data.steps import packed_steps, padded_steps
 from omnistep.data.tokenizer import Tokenizer, load_tokenizer
 from omnistep.models import decoder, hf
-from omnistep.parallel.mesh import Mesh, pick_device
+from omnistep.parallel import mesh as meshes
+from omnistep.parallel.layout import Strategy
+from omnistep.parallel.mesh import Mesh, MeshError
 from omnistep.parallel.remat import Remat
 
 
@@ -60,8 +64,21 @@ def read_tokenizer(args: ModelArguments, cfg: decoder.Config) -> Tokenizer:
     return tokenizer
 
 
-def make_mesh(args: TrainArguments) -> Mesh:
-    return Mesh(pick_device(args.init_device))
+def make_mesh(args: TrainArguments, world_size: int) -> Mesh:
+    return meshes.make_mesh(mesh_sizes(args, world_size), meshes.pick_device(args.init_device))
+
+
+def make_layout(args: TrainArguments, model: Model, mesh: Mesh) -> Layout:
+    """Where the parameters lie. Raises RunError where the model's sizes do not fit the mesh."""
+    strategy: Strategy = "zero1" if args.use_doptim else "ddp"
+    if args.data_parallel_mode != "ddp":
+        strategy = "zero3" if args.enable_full_shard else "zero2"
+    dtype, bucket = compute_dtype(args, model), args.data_parallel_mode == "fsdp1"
+    try:
+        decoder.check_mesh(model.cfg, mesh)
+        return param.make_layout(model.tree, mesh, strategy, dtype, bucket=bucket)
+    except MeshError as error:
+        raise RunError(f"the model does not fit the mesh: {error}") from None
 
 
 def param_dtype(args: TrainArguments, model: Model) -> torch.dtype:
@@ -90,23 +107,30 @@ def remat_mode(args: TrainArguments) -> Remat:
     return "full" if args.enable_reentrant else "selective"
 
 
-def make_params(args: Arguments, model: Model, mesh: Mesh) -> Tree:
-    """The weights a run starts from: read from model_path, else a function of train.seed alone.
+def make_params(args: Arguments, model: Model, layout: Layout) -> Tree:
+    """The weights a run starts from: read from model_path, else a function of train.seed alone. A
+    rank reads or makes only its own pieces.
 
     init_device cpu makes random values on the CPU and moves them; cuda and meta make each in
     place on the device. The values are the same.
     """
-    dtype = param_dtype(args.train, model)
+    dtype, device = param_dtype(args.train, model), layout.mesh.device
     if args.model.model_path:
-        return read_weights(args.model.model_path, model, dtype, mesh.device)
-    place = torch.device("cpu") if args.train.init_device == "cpu" else mesh.device
+        return read_weights(args.model.model_path, model, dtype, device, layout)
+    place = torch.device("cpu") if args.train.init_device == "cpu" else device
     key = rng.key(args.train.seed, place)
-    return param.initialize(model.tree, key, dtype, mesh.device)
+    return param.initialize(model.tree, key, dtype, device, layout)
 
 
-def read_weights(path: str, model: Model, dtype: torch.dtype, device: torch.device) -> Tree:
+def read_weights(
+    path: str,
+    model: Model,
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: Layout | None = None,
+) -> Tree:
     try:
-        return hf.import_weights(model.tree, open_weights(path).read, dtype, device)
+        return hf.import_weights(model.tree, open_weights(path), dtype, device, layout)
     except (OSError, ValueError) as error:
         raise RunError(f"the weights at {path} can't be used: {error}") from error
 
@@ -162,6 +186,7 @@ def open_data(args: Arguments, tokenizer: Tokenizer, mesh: Mesh) -> Data:
             num_workers=data.num_workers,
             prefetch_factor=data.prefetch_factor,
             pin_memory=data.pin_memory,
+            data_rank=mesh.index("dp_replicate", "dp_shard"),
             data_ranks=mesh.data_ranks,
         )
 
@@ -227,6 +252,13 @@ def checkpoint_place(path: str) -> tuple[Path, int | None]:
     return (inner if inner.is_dir() else place), None
 
 
+def mesh_text(mesh: Mesh, args: TrainArguments) -> str:
+    """`8 ranks: dp_shard 4 x tp 2, cpu, fsdp2`"""
+    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.sizes.items())
+    ranks = f"{mesh.world.size} ranks: {shape}" if shape else "1 rank"
+    return f"{ranks}, {mesh.device.type}, {args.data_parallel_mode}"
+
+
 def describe(args: Arguments, model: Model, data: Data, mesh: Mesh) -> str:
     """What is about to happen, for a person."""
     cfg, train = model.cfg, args.train
@@ -241,7 +273,7 @@ def describe(args: Arguments, model: Model, data: Data, mesh: Mesh) -> str:
     lines = {
         "model": f"{model.raw['model_type']}, {total / 1e6:.1f} M parameters "
         f"({(total - outer) / 1e6:.1f} M without embeddings), from {start}",
-        "mesh": f"1 rank, {mesh.device.type}, {train.data_parallel_mode}",
+        "mesh": mesh_text(mesh, train),
         "numbers": f"weights {weights}, compute {compute}, {train.optimizer}, "
         f"recomputation {remat_mode(train)}, "
         f"{'eager' if train.enable_manual_eager else 'compiled'}",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omnistep.bin.build import Model
 from omnistep.core.checkpoint.safetensors import write_weights
+from omnistep.core.param import Layout
 from omnistep.core.tree import Tree, tree_leaves
 from omnistep.data.tokenizer import Tokenizer
 from omnistep.models import hf
@@ -22,11 +23,19 @@ TOKENIZER_FILES = (
 )
 
 
-def export(directory: Path, model: Model, params: Tree, tokenizer: Tokenizer) -> None:
+def export(
+    directory: Path, model: Model, params: Tree, tokenizer: Tokenizer, layout: Layout
+) -> None:
     """Writes what `transformers.AutoModelForCausalLM.from_pretrained(directory)` reads. Files of
-    an earlier export are replaced one by one, each by a whole one."""
+    an earlier export are replaced one by one, each by a whole one. Collective: rank 0 writes, tensor
+    by tensor, what all ranks gather."""
+    weights = hf.export_weights(model.tree, params, layout)
+    if layout.mesh.rank > 0:
+        for tensor in weights.values():
+            tensor.read()
+        return
     directory.mkdir(parents=True, exist_ok=True)
-    write_weights(directory, dict(hf.export_weights(model.tree, params)))
+    write_weights(directory, weights)
     dtype = str(tree_leaves(params)[0].dtype).removeprefix("torch.")
     config = {k: v for k, v in model.raw.items() if k not in ("torch_dtype", "dtype")}
     config["architectures"] = [hf.ARCHITECTURES[config["model_type"]]]

@@ -57,8 +57,8 @@ def spawn(command: Sequence[str], nproc: int, grace: float = GRACE) -> int:
             return INTERRUPTED
         if not failed:
             return max(codes)
-        if signals.asked and all(codes[rank] == -signal.SIGTERM for rank in failed):
-            return 128 + signals.first  # before they could take it as a wish to save and end
+        if signals.asked and {codes[rank] for rank in failed} <= {-signal.SIGTERM, LOST_PEER}:
+            return 128 + signals.first  # it came before all took it as a wish to save and end
         tails = {rank: _tail(errors[rank]) for rank in failed if rank}
         said = store.get(FAILURE).decode() if store.check([FAILURE]) else None
         verdict = blame({rank: codes[rank] for rank in failed}, said, tails)

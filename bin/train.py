@@ -1,7 +1,7 @@
 """bin/train: trains a model as a recipe says. The loop is `run`; read it first."""
 
 import gc
-import json
+import itertools
 import math
 import os
 import sys
@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from omnistep.bin import build
 from omnistep.bin.build import Data, Model, RunError
 from omnistep.bin.export import export
 from omnistep.bin.launch import Launch, LaunchError, fail, join, leave, read_launch, take_nproc
+from omnistep.bin.position import Position, start
 from omnistep.bin.spawn import spawn
 from omnistep.bin.stop import RESUME_ME, Stop
-from omnistep.core import param, rng
+from omnistep.core import rng
 from omnistep.core.batch import Batch
+from omnistep.core.checkpoint.ranks import all_ranks
 from omnistep.core.checkpoint.shards import CheckpointError
-from omnistep.core.checkpoint.store import CheckpointStore, open_store
+from omnistep.core.checkpoint.store import open_store
 from omnistep.core.config import TRAIN, Arguments, ConfigError
 from omnistep.core.config_help import help_text
 from omnistep.core.config_io import dump, load, wants_help
@@ -40,13 +43,13 @@ from omnistep.core.logs import (
 )
 from omnistep.core.meters import Meter, peak_flops, rates, tick
 from omnistep.core.profile import ProfileConfig, Profiler
-from omnistep.core.step import TrainState, init_state, make_eval_step, make_train_step
-from omnistep.core.tree import Tree, leaves_with_names, tree_map
+from omnistep.core.step import make_eval_step, make_train_step
+from omnistep.core.tree import Tree, tree_map
 from omnistep.data.errors import DataError
 from omnistep.data.loader import Loader
-from omnistep.data.state import DataState
 from omnistep.models import decoder
 from omnistep.models.hf import ConfigJsonError
+from omnistep.parallel.mesh import Mesh
 
 EXPECTED = (
     *(ConfigError, LaunchError, RunError, DataError, ConfigJsonError, CheckpointError, OSError),
@@ -55,24 +58,6 @@ EXPECTED = (
 
 Say = Callable[[str], None]
 Metrics = dict[str, Tensor]
-
-
-@frozen(eq=False)
-class Position:
-    """Where a run stands. All of it is in a checkpoint."""
-
-    state: TrainState
-    data: DataState
-    meters: dict[str, float]
-    """tokens: targets trained on so far; skipped: steps without update in a row."""
-
-    @property
-    def step(self) -> int:
-        return self.data.step
-
-    def tree(self) -> Tree:
-        data, meters = json.dumps(self.data.to_json()), json.dumps(self.meters)
-        return {"state": self.state, "data": data, "meters": meters}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
             return spawn([sys.executable, "-m", "omnistep.bin.train", *argv], nproc)
         join(launch, "cuda" if cuda and args.train.init_device != "cpu" else "cpu")
         with Stop(silent=launch.rank > 0) as stop:
-            code = run(args, stop)
+            code = run(args, stop, launch.world_size)
             leave()
         return code
     except EXPECTED as error:
@@ -101,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         return fail(launch, error, expected=False)
 
 
-def run(args: Arguments, stop: Stop) -> int:
+def run(args: Arguments, stop: Stop, world_size: int) -> int:
     """Trains from the start, or from a checkpoint, to the last step. Returns the exit code."""
     train, output = args.train, Path(args.train.output_dir)
     if train.enable_full_determinism:
@@ -110,54 +95,57 @@ def run(args: Arguments, stop: Stop) -> int:
     # What takes part. The data comes first: its worker processes must start before jax does.
     model = build.read_model(args.model)
     tokenizer = build.read_tokenizer(args.model, model.cfg)
-    mesh = build.make_mesh(train)
+    mesh = build.make_mesh(train, world_size)
+    layout = build.make_layout(train, model, mesh)
+    first = mesh.rank == 0  # it alone writes logs; checkpoints are written by all
+    say = partial(print, flush=True) if first else lambda text: None
     data = build.open_data(args, tokenizer, mesh)
     held_out = build.open_eval(args, tokenizer)
     optimizer = build.make_optimizer(train, model)
-    dtype = build.compute_dtype(train, model)
-    loss_fn = decoder.make_loss(model.cfg, dtype=dtype, mode=build.remat_mode(train))
+    compiled = not train.enable_manual_eager
+    stages = decoder.make_stages(model.cfg, layout, mode=build.remat_mode(train), compile=compiled)
     train_step = make_train_step(
-        loss_fn,
+        stages,
         optimizer,
         build.make_lr(train, data.total_steps),
+        layout=layout,
         accumulate=data.accumulate,
         max_grad_norm=train.max_grad_norm,
-        compile=not train.enable_manual_eager,
+        compile=compiled,
     )
-    eval_step = make_eval_step(loss_fn, compile=not train.enable_manual_eager)
-    print(build.describe(args, model, data, mesh), flush=True)
+    eval_step = make_eval_step(stages, layout=layout, compile=compiled)
+    say(build.describe(args, model, data, mesh))
 
     with ExitStack() as stack:
         make_output_dir(output)
         store = open_store(output / "checkpoints", keep=train.keep_checkpoints or None)
         stack.callback(store.close)
-        position = start(args, model, store, lambda: init_state(
-            build.make_params(args, model, mesh),
-            optimizer,
-            rng.name_key(rng.key(train.seed), "step"),
-        ), mesh.device, optimizer)  # fmt: skip
+        position = start(args, model, store, layout, optimizer, say)
         batches = data.loader.batches(position.data)  # refuses a checkpoint made with other data
-        dump(args, output / "recipe.yaml")
-        if position.step == 0:
-            (output / METRICS_FILE).unlink(missing_ok=True)  # of a run that never saved
-        logger = stack.enter_context(Logger(output, data.total_steps, position.step))
+        if first:
+            dump(args, output / "recipe.yaml")
+            if position.step == 0:
+                (output / METRICS_FILE).unlink(missing_ok=True)  # of a run that never saved
+        logger = stack.enter_context(
+            Logger(output, data.total_steps, position.step, silent=not first)
+        )
         # a CPU's peak is measured: before wandb's thread takes a core
-        meter = _Meters(data, model, peak_flops(mesh.device, dtype))
-        if train.use_wandb:
+        meter = _Meters(data, model, mesh, peak_flops(mesh.device, layout.dtype))
+        if train.use_wandb and first:
             config = attrs.asdict(args)
             logger.wandb = Wandb(
                 WandbConfig(train.wandb_project, train.wandb_name, output, config), logger.say
             )
-        profiler = stack.enter_context(Profiler(_profile(args)))
+        profiler = stack.enter_context(Profiler(_profile(args) if first else None))
         key = rng.name_key(rng.key(train.seed, mesh.device), "eval")
 
-        evaluated = evaluations(output / METRICS_FILE)
+        evaluated = all_ranks().broadcast(evaluations(output / METRICS_FILE) if first else None)
 
         def evaluate(at: Position) -> None:
             if held_out is None:
                 return
             if at.step not in evaluated:
-                loss = held_out_loss(eval_step, at.state.params, held_out, key, mesh.device)
+                loss = held_out_loss(eval_step, at.state.params, held_out, key, mesh)
                 logger.log(at.step, {"eval_loss": loss})
                 evaluated[at.step] = loss
             logger.say(f"step {at.step}: held-out loss {evaluated[at.step]:.4f}")
@@ -166,8 +154,9 @@ def run(args: Arguments, stop: Stop) -> int:
         if position.step == 0 or _due(position.step, train.eval_steps):
             evaluate(position)
         dispatched: _Dispatched | None = None
+        stopping = stop.agreed(mesh.world)
 
-        while position.step < data.total_steps and not stop.asked:
+        while position.step < data.total_steps and not stopping:
             profiler.step(position.step)
             waiting = time.perf_counter()
             batch, data_state = next(batches)
@@ -178,7 +167,8 @@ def run(args: Arguments, stop: Stop) -> int:
             position = report(dispatched, position, logger, meter, train.max_skipped_steps)
             dispatched = _Dispatched(position.step, metrics, batch, waited)
 
-            if position.step == data.total_steps or stop.asked:
+            stopping = stop.agreed(mesh.world)
+            if position.step == data.total_steps or stopping:
                 break
             if _due(position.step, train.save_steps, train.save_epochs * data.epoch_steps):
                 position = report(dispatched, position, logger, meter, train.max_skipped_steps)
@@ -193,7 +183,7 @@ def run(args: Arguments, stop: Stop) -> int:
         if position.step not in store.steps():
             store.save(position.step, position.tree())
         store.wait()
-        if stop.asked and position.step < data.total_steps:
+        if stopping and position.step < data.total_steps:
             logger.say(
                 f"stopped and saved at step {position.step}; go on with "
                 "--train.load_checkpoint_path auto"
@@ -201,60 +191,10 @@ def run(args: Arguments, stop: Stop) -> int:
             return RESUME_ME
         evaluate(position)
         if train.save_hf_weights:
-            export(output / "hf", model, position.state.params, tokenizer)
-    finish(args, output, model, position, logger.say)
+            export(output / "hf", model, position.state.params, tokenizer, layout)
+    if first:
+        finish(args, output, model, position, mesh, logger.say)
     return 0
-
-
-def start(
-    args: Arguments,
-    model: Model,
-    store: CheckpointStore,
-    fresh: Callable[[], TrainState],
-    device: torch.device,
-    optimizer: Any,
-) -> Position:
-    """The first position: of a new run, or the checkpoint's that train.load_checkpoint_path names.
-
-    A new run does not begin where another one's checkpoints lie: they would be mixed up.
-    """
-    path, own = args.train.load_checkpoint_path, store.latest()
-    if path is None and own is not None:
-        raise RunError(
-            f"{args.train.output_dir} holds a run's checkpoints, the last of step {own}: go on "
-            "with --train.load_checkpoint_path auto, or choose another train.output_dir"
-        )
-    if path is None or (path == "auto" and own is None):
-        return Position(fresh(), DataState(), {"tokens": 0.0, "skipped": 0.0})
-    if path == "auto":
-        source, step = store, own
-    else:
-        directory, step = build.checkpoint_place(path)
-        source = open_store(directory)
-        step = source.latest() if step is None else step
-        if own is not None and (source.directory.resolve(), step) != (
-            store.directory.resolve(),
-            own,
-        ):
-            raise RunError(
-                f"{args.train.output_dir} holds a run's checkpoints, the last of step {own}; what "
-                f"follows {path} would be mixed up with them: choose another train.output_dir"
-            )
-    weights = param.abstract(model.tree, build.param_dtype(args.train, model))
-    abstract = init_state(weights, optimizer, rng.key(0, "meta"))
-    wanted = {"state": abstract, "data": "", "meters": ""}
-    if more := sorted(source.stored(step).keys() - leaves_with_names(wanted).keys()):
-        raise RunError(
-            f"the checkpoint {path} holds what this run has no place for: {', '.join(more[:8])}"
-            f"{', …' if len(more) > 8 else ''}. It is of another model or optimizer: set "
-            "model.config_path and train.optimizer as in the recipe.yaml of its run"
-        )
-    found = source.restore(wanted, step, device=device)
-    position = Position(
-        found["state"], DataState.from_json(json.loads(found["data"])), json.loads(found["meters"])
-    )
-    print(f"  resume  step {position.step}, from {path}", flush=True)
-    return position
 
 
 @frozen(eq=False)
@@ -271,15 +211,20 @@ class _Dispatched:
 class _Meters:
     data: Data
     model: Model
+    mesh: Mesh
     peak: float | None
+    """Of one device."""
     meter: Meter = field(factory=Meter)
 
     def read(self, step: int, tokens: float, batch: Batch, waited: float) -> dict[str, float]:
         cfg = self.model.cfg
-        flops = decoder.flops(cfg, tokens, decoder.visible_pairs(batch, cfg))
+        # the other data ranks' samples are taken to be as long as this one's
+        visible = decoder.visible_pairs(batch, cfg) * self.mesh.data_ranks
+        flops = decoder.flops(cfg, tokens, visible)
+        peak = None if self.peak is None else self.peak * self.mesh.world.size
         now = time.perf_counter()
         self.meter = tick(self.meter, now, tokens=tokens, flops=flops, waited=waited)
-        return rates(self.meter, steps_left=self.data.total_steps - step, peak=self.peak)
+        return rates(self.meter, steps_left=self.data.total_steps - step, peak=peak)
 
 
 def report(
@@ -327,12 +272,17 @@ def make_output_dir(output: Path) -> None:
 
 
 def held_out_loss(
-    eval_step: Callable[..., Any], params: Tree, loader: Loader, key: Tensor, device: torch.device
+    eval_step: Callable[..., Any], params: Tree, loader: Loader, key: Tensor, mesh: Mesh
 ) -> float:
-    """Mean loss per target over the whole set, in nats."""
-    total, weight = 0.0, 0.0
-    for batch in loader.eval_batches():
-        sums = eval_step(params, to_device(batch, device), key)
+    """Mean loss per target over the whole set, in nats. Data ranks take the batches in turn; where
+    they run out, some take the last one again at no weight."""
+    total, weight, me = 0.0, 0.0, mesh.index("dp_replicate", "dp_shard")
+    batches = loader.eval_batches()
+    while some := list(itertools.islice(batches, mesh.data_ranks)):
+        batch = some[min(me, len(some) - 1)]
+        if me >= len(some):
+            batch = attrs.evolve(batch, weights=torch.zeros_like(batch.weights))
+        sums = eval_step(params, to_device(batch, mesh.device), key)
         total, weight = total + float(sums[0]), weight + float(sums[1])
     return total / max(weight, 1.0)
 
@@ -365,14 +315,22 @@ def _profile(args: Arguments) -> ProfileConfig | None:
     )
 
 
-def finish(args: Arguments, output: Path, model: Model, position: Position, say: Say) -> None:
+def finish(
+    args: Arguments, output: Path, model: Model, position: Position, mesh: Mesh, say: Say
+) -> None:
     """The picture, a sample of what was learned, and where everything is."""
     plot_losses(output / METRICS_FILE, output / "loss.png")
-    if args.infer.prompt is not None:
+    params, hf = position.state.params, output / "hf"
+    if args.infer.prompt is not None and mesh.world.size > 1 and not args.train.save_hf_weights:
+        say("no sample of text: with several ranks it needs train.save_hf_weights")
+    elif args.infer.prompt is not None:
         from omnistep.bin.sample import continuation
 
+        if mesh.world.size > 1:  # this rank holds a piece of them
+            dtype = build.param_dtype(args.train, model)
+            params = build.read_weights(str(hf), model, dtype, mesh.device)
         tokenizer = build.read_tokenizer(args.model, model.cfg)
-        text = continuation(args.infer, model, position.state.params, tokenizer, args.infer.prompt)
+        text = continuation(args.infer, model, params, tokenizer, args.infer.prompt)
         say(f"\n{args.infer.prompt}{text}\n")
     places = {
         "checkpoints": output / "checkpoints",
@@ -381,7 +339,7 @@ def finish(args: Arguments, output: Path, model: Model, position: Position, say:
         "recipe": output / "recipe.yaml",
     }
     if args.train.save_hf_weights:
-        places["weights"] = output / "hf"
+        places["weights"] = hf
     for name, place in places.items():
         say(f"{name:>12}  {place}")
 

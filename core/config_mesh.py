@@ -99,12 +99,13 @@ def _row(args: Arguments) -> Iterator[Problem]:
         return
     unit = parts // math.gcd(parts, rows)
     below, above = length // unit * unit, (length // unit + 1) * unit
-    doubled = "2 * " if train.context_parallel_size > 1 else ""
-    product = doubled + " * ".join(str(value_of(args, name)) for name in names)
+    factors = ["2"] if train.context_parallel_size > 1 else []
+    factors += [str(value_of(args, name)) for name in names]
+    product = f"{' * '.join(factors)} = " if len(factors) > 1 else ""
     row = f"micro_batch_size * max_seq_len = {rows * length}" if packed else "max_seq_len"
     yield Problem(
         ("data.max_seq_len", *(("train.micro_batch_size",) if packed else ()), *names),
-        f"a row ({row} tokens) is cut into {product} = {parts} equal parts; max_seq_len must be "
+        f"a row ({row} tokens) is cut into {product}{parts} equal parts; max_seq_len must be "
         f"a multiple of {unit}; nearest: {_or([n for n in (below, above) if n > 0])}",
     )
 

@@ -380,7 +380,14 @@ def _like(new: Tensor, old: Tensor) -> Tensor:
     local = new.view(to_local(old).shape)
     if local.shape == old.shape and type(old) is Tensor:
         return local
-    return old.__class__.from_local(local, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride())  # pyright: ignore
+    return old.__class__.from_local(
+        local,
+        old.device_mesh,
+        old.placements,
+        run_check=False,
+        shape=old.shape,
+        stride=old.stride(),
+    )  # pyright: ignore
 
 
 def _unstack(batch: Any, count: int) -> list[Any]:

@@ -10,8 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from omnistep.models.attention_cpu import attention_cpu
-from omnistep.models.attention_cuda import attention_cuda, first_seen
-from omnistep.models.attention_ring import attention_in_ring
+from omnistep.models.attention_cuda import attention_cuda, first_seen, flash_takes
+from omnistep.models.attention_ring import attention_in_ring, seen_at_hops
+from omnistep.models.attention_ring_cuda import flash_in_ring
 from omnistep.parallel.mesh import Group
 from omnistep.parallel.ring import local_chunks
 
@@ -19,6 +20,7 @@ SAVED_OPS = frozenset(
     {
         torch.ops.omnistep.attention_cpu.default,
         torch.ops.omnistep.attention_part.default,
+        torch.ops.omnistep.flash_part.default,
         torch.ops.torch_attn._varlen_attn.default,
         torch.ops.higher_order.flex_attention,
     }
@@ -65,6 +67,7 @@ def ring_attention(
     *,
     scale: float,
     window: int | None,
+    max_samples: int | None = None,
 ) -> Float[Tensor, "rows local heads head_dim"]:
     """`attention` of rows that are cut over the ranks of `group`; on one rank it is `attention`.
 
@@ -75,15 +78,20 @@ def ring_attention(
     Args:
         q, k, v: of this rank's tokens, local = seq / group.size, in the order of `local_chunks`.
         starts: as for `attention`, of the whole rows in their natural order, on every rank.
+        max_samples: as for `attention`. On CUDA only half precision with it and without a window
+            is fast; the rest computes every score in plain operators.
 
     Raises:
         ValueError: as `attention` does; also where seq is not a multiple of 2 * group.size.
     """
     if group.size == 1:
-        return attention(q, k, v, starts, scale=scale, window=window)
+        return attention(q, k, v, starts, scale=scale, window=window, max_samples=max_samples)
     local_chunks(starts.shape[1], group)
     _check(q, k, v, starts, window, group.size)
-    return attention_in_ring(q, k, v, first_seen(starts, window), group, scale)
+    seen = seen_at_hops(first_seen(starts, window), group)
+    if q.device.type == "cuda" and window is None and max_samples is not None and flash_takes(q):
+        return flash_in_ring(q, k, v, starts, seen, group, scale, max_samples)
+    return attention_in_ring(q, k, v, seen, group, scale)
 
 
 def decode_attention(

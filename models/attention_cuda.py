@@ -27,13 +27,17 @@ def attention_cuda(
     max_samples: int | None,
 ) -> Float[Tensor, "rows seq heads head_dim"]:
     """See `omnistep.models.attention.attention`."""
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    flash = half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and _has_flash(q.device)
-    if flash and max_samples is not None:
+    if max_samples is not None and flash_takes(q):
         return varlen_attention(q, k, v, starts, scale, window, max_samples)
     if q.dtype == torch.float64:
         return dense_attention(q, k, v, starts, scale, window)
     return block_attention(q, k, v, starts, scale, window)
+
+
+def flash_takes(q: Tensor) -> bool:
+    """Whether FlashAttention computes in this dtype, head_dim and on this device."""
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and _has_flash(q.device)
 
 
 @torch.compiler.assume_constant_result
@@ -69,10 +73,10 @@ def varlen_attention(
     # Padding went as one sample per run; a sample of one token is its own value, nothing else.
     group = heads // k.shape[2]
     own = v.unsqueeze(3).expand(-1, -1, -1, group, -1).reshape(rows, seq, heads, head_dim)
-    return torch.where(_alone(starts)[:, :, None, None], own, out.view(q.shape))
+    return torch.where(alone(starts)[:, :, None, None], own, out.view(q.shape))
 
 
-def _alone(starts: Int[Tensor, "rows seq"]) -> Bool[Tensor, "rows seq"]:
+def alone(starts: Int[Tensor, "rows seq"]) -> Bool[Tensor, "rows seq"]:
     """Tokens that are a whole sample."""
     index = torch.arange(starts.shape[1], dtype=starts.dtype, device=starts.device)
     begins = starts == index
@@ -81,18 +85,21 @@ def _alone(starts: Int[Tensor, "rows seq"]) -> Bool[Tensor, "rows seq"]:
 
 
 def cumulative_lengths(
-    starts: Int[Tensor, "rows seq"], max_samples: int
+    starts: Int[Tensor, "rows seq"],
+    max_samples: int,
+    padding: Bool[Tensor, "rows seq"] | None = None,
 ) -> Int[Tensor, "rows*max_samples+1"]:
     """int32: where samples begin in the flattened rows, filled up with the number of tokens.
 
-    A run of samples of one token (padding) is one entry. More than `max_samples` samples in a row
-    on average is an assertion on the device: nothing is read back to check it here.
+    A run of padding is one entry: of samples of one token, unless `padding` says which they are
+    (a rank of a ring may hold one token of a longer sample). More than `max_samples` samples in a
+    row on average is an assertion on the device: nothing is read back to check it here.
     """
     rows, seq = starts.shape
     index = torch.arange(seq, dtype=starts.dtype, device=starts.device)
-    alone = _alone(starts)
-    after_alone = torch.cat([torch.zeros_like(alone[:, :1]), alone[:, :-1]], 1)
-    opens = ((starts == index) & ~(alone & after_alone)).flatten()
+    padding = alone(starts) if padding is None else padding
+    after_padding = torch.cat([torch.zeros_like(padding[:, :1]), padding[:, :-1]], 1)
+    opens = ((starts == index) & ~(padding & after_padding)).flatten()
     slot = opens.cumsum(0) - 1
     bound = rows * max_samples
     torch._assert_async(slot[-1] < bound, f"more than {max_samples} samples per row: raise it")

@@ -5,8 +5,6 @@ attention_cpu.cpp, which computes nothing outside of what is seen; elsewhere, an
 compiler, attention_plain.py.
 """
 
-from functools import partial
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -16,8 +14,12 @@ from omnistep.models.attention_plain import compute_dtype, plain_part, plain_par
 from omnistep.parallel.mesh import Group
 from omnistep.parallel.ring import chunks_of, holder, ring, take_local, tokens_before
 
+# They read tensors of any strides. If that were not said, the compiler would make for each hop a
+# copy of what it has not yet written to memory, such as q.
+ANY_STRIDES = (torch.Tag.flexible_layout,)
 
-@torch.library.custom_op("omnistep::attention_part", mutates_args=())
+
+@torch.library.custom_op("omnistep::attention_part", mutates_args=(), tags=ANY_STRIDES)
 def attention_part(
     q: Tensor,
     k: Tensor,
@@ -26,6 +28,7 @@ def attention_part(
     scale: float,
     earlier: Tensor | None,
     earlier_lse: Tensor | None,
+    in_flight: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Attention over some of the keys, going on from that over earlier ones.
 
@@ -35,6 +38,7 @@ def attention_part(
         seen: int32 [2, rows, queries]; query i of a row sees the keys seen[0, row, i] ..
             seen[1, row, i] - 1 of these. Neither bound decreases along a row.
         earlier, earlier_lse: what this returned for earlier keys; None where there are none.
+        in_flight: not read; an operand only, for `omnistep.parallel.ring.ring`.
 
     Returns:
         The attention [rows, queries, heads, head_dim] over these and the earlier keys, and its
@@ -46,7 +50,7 @@ def attention_part(
         out.zero_()
         lse.fill_(float("-inf"))
     else:
-        out, lse = earlier.clone(), earlier_lse.clone()
+        out, lse = (x.clone(memory_format=torch.contiguous_format) for x in (earlier, earlier_lse))
     library = cpu.kernel() if q.device.type == "cpu" else None
     if library is None:
         plain_part(out, lse, q, k, v, seen, scale)
@@ -55,7 +59,7 @@ def attention_part(
     return out, lse
 
 
-@torch.library.custom_op("omnistep::attention_part_backward", mutates_args=())
+@torch.library.custom_op("omnistep::attention_part_backward", mutates_args=(), tags=ANY_STRIDES)
 def attention_part_backward(
     grad: Tensor,
     q: Tensor,
@@ -65,6 +69,7 @@ def attention_part_backward(
     lse: Tensor,
     seen: Tensor,
     scale: float,
+    in_flight: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """What some of the keys give to the gradients, when `out` and `lse` are those over all keys.
 
@@ -83,12 +88,12 @@ def attention_part_backward(
 
 
 @attention_part.register_fake
-def _(q, k, v, seen, scale, earlier, earlier_lse):
+def _(q, k, v, seen, scale, earlier, earlier_lse, in_flight):
     return _empty_state(q)
 
 
 @attention_part_backward.register_fake
-def _(grad, q, k, v, out, lse, seen, scale):
+def _(grad, q, k, v, out, lse, seen, scale, in_flight):
     return _empty_grads(q, k)
 
 
@@ -107,23 +112,28 @@ def attention_in_ring(
     q: Float[Tensor, "rows local heads head_dim"],
     k: Float[Tensor, "rows local kv_heads head_dim"],
     v: Float[Tensor, "rows local kv_heads head_dim"],
-    first: Int[Tensor, "rows seq"],
+    seen: tuple[Int[Tensor, "2 rows local"], ...],
     group: Group,
     scale: float,
 ) -> Float[Tensor, "rows local heads head_dim"]:
-    """Attention of this rank's tokens, token i of the whole row over tokens first[i] .. i."""
+    """See `omnistep.models.attention.ring_attention`; `seen` is what seen_at_hops returns."""
 
-    def part(q, k, v, seen, state):
-        return attention_part(q, k, v, seen, scale, *(state or (None, None)))
+    def part(q, k, v, seen, state, in_flight):
+        return attention_part(q, k, v, seen, scale, *(state or (None, None)), in_flight)
 
-    backward = partial(attention_part_backward, scale=scale)
-    return ring(part, backward, group, q, k, v, seen_at_hops(first, group))
+    def part_backward(grad, q, k, v, out, lse, seen, in_flight):
+        return attention_part_backward(grad, q, k, v, out, lse, seen, scale, in_flight)
+
+    return ring(part, part_backward, group, q, k, v, seen)
 
 
 def seen_at_hops(
     first: Int[Tensor, "rows seq"], group: Group
 ) -> tuple[Int[Tensor, "2 rows local"], ...]:
-    """At each hop, which keys of the block that is here each of this rank's tokens sees."""
+    """At each hop, which keys of the block that is here each of this rank's tokens sees.
+
+    first: the first token of its row that each token sees; the last is the token itself.
+    """
     seq, size = first.shape[1], group.size
     end = torch.arange(1, seq + 1, dtype=first.dtype, device=first.device).expand_as(first)
     bounds = take_local(torch.stack([first, end]), group, 2)

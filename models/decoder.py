@@ -29,7 +29,6 @@ from omnistep.parallel.remat import Remat, remat
 from omnistep.parallel.sequence import share
 from omnistep.parallel.unshard import unshard
 
-
 ALONE = Group()
 
 
@@ -178,7 +177,9 @@ def check_mesh(cfg: Config, mesh: Mesh) -> None:
     tp, ulysses = mesh.size("tp"), mesh.size("ulysses")
     heads, kv_heads = cfg.heads // tp, max(cfg.kv_heads // tp, 1)
     if heads % ulysses or (kv_heads % ulysses and ulysses % kv_heads):
-        fits = [n for n in range(1, heads + 1) if heads % n == 0 and not (kv_heads % n and n % kv_heads)]
+        fits = [
+            n for n in range(1, heads + 1) if heads % n == 0 and not (kv_heads % n and n % kv_heads)
+        ]
         raise MeshError(
             f"{heads} attention heads and {kv_heads} key/value heads"
             f"{f' (of each of tp = {tp} ranks)' if tp > 1 else ''} can't be shared by ulysses = "

@@ -3,16 +3,21 @@ weights in both directions. Sources: transformers/models/<model_type>/configurat
 defaults, modeling_*.py for the names."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from attrs import frozen
 from torch import Tensor
 
-from omnistep.core.param import Param, is_param
+from omnistep.core.checkpoint.safetensors import LazyTensor
+from omnistep.core.param import Layout, Param, is_param
 from omnistep.core.tree import Tree, leaves_with_names, map_with_name
 from omnistep.models import decoder
+from omnistep.parallel.collectives import all_reduce
+from omnistep.parallel.layout import Place, extent, to_global
+from omnistep.parallel.mesh import Mesh
 
 Json = Mapping[str, Any]
 
@@ -168,6 +173,9 @@ LAYER = {
 }
 
 
+Shape = tuple[int, ...]
+
+
 def hf_shape(param: Param) -> tuple[int, ...]:
     """The shape of one layer's weight there: `heads × head_dim` is one dimension."""
     shape: list[int] = []
@@ -189,36 +197,114 @@ def hf_names(name: str, param: Param) -> list[str]:
     return [OUTER[name]]
 
 
+class Source(Protocol):
+    """Tensors by their Hugging Face names, read in part."""
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str, slices: Sequence[slice]) -> Tensor: ...
+
+
+@frozen
+class InMemory:
+    """A state_dict as a Source."""
+
+    tensors: Mapping[str, Tensor]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def read(self, name: str, slices: Sequence[slice]) -> Tensor:
+        return self.tensors[name].detach()[tuple(slices)]
+
+
 def import_weights(
-    params: Tree, read: Callable[[str], Tensor], dtype: torch.dtype, device: torch.device
+    params: Tree,
+    source: Source,
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: Layout | None = None,
 ) -> Tree:
-    """Our tree, leaf by leaf, from a reader of Hugging Face tensors by name.
+    """Our tree, leaf by leaf; a rank of a mesh reads only its own pieces.
 
     Raises ValueError, naming the tensor, where a shape differs.
     """
 
-    def load(name: str, param: Param) -> Tensor:
-        leaf = torch.empty(param.shape, dtype=dtype, device=device)
-        names = hf_names(name, param)
+    def load(name: str, param: Param, at: Place | None = None) -> Tensor:
+        shape, offset = param.shape, (0,) * len(param.shape)
+        if at is not None and layout is not None:
+            shape, offset = extent(at, layout.mesh)
+        piece = torch.empty(shape, dtype=dtype, device=device)
+        names, stacked = hf_names(name, param), name.startswith("layers.")
+        if stacked:
+            names = names[offset[0] : offset[0] + shape[0]]
         for i, theirs in enumerate(names):
-            part = leaf[i] if name.startswith("layers.") else leaf
-            value = read(theirs).detach()
-            if tuple(value.shape) != hf_shape(param):
+            if source.shape(theirs) != hf_shape(param):
                 raise ValueError(
-                    f"{theirs} has shape {tuple(value.shape)}; the configuration asks for "
+                    f"{theirs} has shape {source.shape(theirs)}; the configuration asks for "
                     f"{hf_shape(param)}"
                 )
-            part.copy_(value.reshape(part.shape))
-        return leaf
+            one = slice(1, None) if stacked else slice(None)
+            part = piece[i] if stacked else piece
+            part.copy_(_read(source, theirs, param, tuple(part.shape), offset[one]))
+        return piece if at is None or layout is None else to_global(piece, at, layout.mesh)
 
-    return map_with_name(load, params, is_leaf=is_param)
+    if layout is None:
+        return map_with_name(load, params, is_leaf=is_param)
+    return map_with_name(load, params, layout.places, is_leaf=is_param)
 
 
-def export_weights(params: Tree, values: Tree) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, tensor) of every weight, layer by layer; views, nothing is copied."""
-    declared = leaves_with_names(params, is_leaf=is_param)
+def _read(source: Source, name: str, param: Param, shape: Shape, offset: Shape) -> Tensor:
+    """A block of a layer's weight, `shape` at `offset`. Of two dimensions of ours that are one
+    there, whole rows of the outer one are read."""
+    whole, axes = param.shape[-len(shape) :], param.axes[-len(shape) :]
+    spans, joined = [], None
+    for i, (axis, start, size) in enumerate(zip(axes, offset, shape, strict=True)):
+        if axis == "head_dim" and len(param.shape) > 2:
+            outer, joined = spans.pop(), i
+            spans.append(slice(outer.start * whole[i], outer.stop * whole[i]))
+        else:
+            spans.append(slice(start, start + size))
+    block = source.read(name, spans)
+    if joined is None:
+        return block
+    block = block.unflatten(joined - 1, (shape[joined - 1], whole[joined]))
+    return block.narrow(joined, offset[joined], shape[joined])
+
+
+def export_weights(
+    params: Tree, values: Tree, layout: Layout | None = None
+) -> dict[str, LazyTensor]:
+    """Every weight by its Hugging Face name, layer by layer.
+
+    On a mesh each is gathered as it is read: all ranks must read them in the same order.
+    """
+    declared, lazy = leaves_with_names(params, is_leaf=is_param), {}
+    places = {} if layout is None else leaves_with_names(layout.places)
     for name, value in leaves_with_names(values).items():
         param = declared[name]
-        parts = value.unbind(0) if name.startswith("layers.") else [value]
-        for part, theirs in zip(parts, hf_names(name, param), strict=True):
-            yield theirs, part.reshape(hf_shape(param))
+        stacked = name.startswith("layers.")
+        for i, theirs in enumerate(hf_names(name, param)):
+
+            def read(value=value, index=i if stacked else None, name=name, param=param) -> Tensor:
+                if layout is None or layout.mesh.device_mesh is None:
+                    whole = value if index is None else value[index]
+                else:
+                    whole = _gathered(value.to_local(), places[name], layout.mesh, index)
+                return whole.reshape(hf_shape(param))
+
+            lazy[theirs] = LazyTensor(hf_shape(param), value.dtype, read)
+    return lazy
+
+
+def _gathered(piece: Tensor, at: Place, mesh: Mesh, index: int | None) -> Tensor:
+    """One layer (or, with no index, all) of a parameter from the pieces of all ranks."""
+    shape, offset = extent(at, mesh)
+    one = slice(None) if index is None else slice(1, None)
+    whole = torch.zeros(at.shape[one], dtype=piece.dtype, device=piece.device)
+    here = index is None or offset[0] <= index < offset[0] + shape[0]
+    if here and at.reduce.index == 0:  # of the copies, the first
+        part = piece if index is None else piece[index - offset[0]]
+        spans = zip(offset[one], shape[one], strict=True)
+        whole[tuple(slice(o, o + n) for o, n in spans)] = part
+    return all_reduce(whole, mesh.world)

@@ -60,9 +60,7 @@ class Place:
     def unstacked(self) -> "Place":
         """The place of one layer's part of a stacked parameter."""
         dim = None if self.dim is None else self.dim - 1
-        return Place(
-            self.shape[1:], self.compute[1:], dim, self.gather, self.reduce, self.inside
-        )
+        return Place(self.shape[1:], self.compute[1:], dim, self.gather, self.reduce, self.inside)
 
 
 def place(
@@ -106,10 +104,11 @@ def _rest_dimension(
     compute: list[str | None],
     gather: Group,
 ) -> int | None:
-    """The first dimension that is whole in use and divides; a vector that has none stays whole."""
-    if gather.size == 1:
-        return None
+    """The first dimension that is whole in use and divides. A vector stays whole: it would save
+    little memory and cost messages in every layer instead of one a step."""
     inner = [i for i, axis in enumerate(axes) if axis != "layers"]
+    if gather.size == 1 or len(inner) == 1:
+        return None
     free = [i for i in inner if compute[i] is None]
     for i in free:
         if shape[i] % gather.size == 0:

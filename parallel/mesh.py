@@ -19,6 +19,7 @@ _c10d = torch._C._distributed_c10d
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "ulysses", "tp")
 """Outermost first."""
 
+
 class MeshError(ValueError):
     """Sizes that do not fit; str() says which would."""
 

@@ -67,11 +67,13 @@ def holder(hop: int, size: int, index: int) -> int:
     return (index - hop) % size
 
 
-Part = Callable[[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None], tuple]
-"""(q, k, v, seen, (out, lse) of earlier keys or None) -> (out, lse) with these keys."""
-PartBackward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple]
-"""(grad, q, k, v, out, lse, seen) -> (grad of q, grads of k and v stacked), from these keys only;
-out and lse are those of all keys."""
+State = tuple[Tensor, Tensor]
+"""Attention over the keys that have passed, not yet in q's dtype, and its logsumexp."""
+Part = Callable[[Tensor, Tensor, Tensor, Tensor, State | None, list[Tensor]], State]
+"""(q, k, v, seen, state, in_flight) -> the state after these keys too."""
+PartBackward = Callable[..., tuple[Tensor, Tensor]]
+"""(grad, q, k, v, out, lse, seen, in_flight) -> (gradient of q, those of k and v stacked), from
+these keys only; out and lse are those over all keys."""
 
 
 def ring(
@@ -90,6 +92,11 @@ def ring(
     of `part_backward`, travel with them and one hop further, home: size - 1 and size messages. A
     rank holds its own keys, one passing block, and one that is on its way.
 
+    The compiler moves operators as far as their operands let it, and would wait for a message
+    before computing. So `part` and `part_backward` are given, and must make operands of an opaque
+    operator, the messages `in_flight`, which they do not read: an operator that has them as
+    operands stays between the operator that sends them and the one that waits for them.
+
     Args:
         k, v: of one shape and dtype, the same on all ranks.
         seen: for each hop, what `part` must know of the queries here and the keys of `holder`.
@@ -104,13 +111,28 @@ def _send(x: Tensor, size: int, index: int, name: str) -> Tensor:
     return _c10d.all_to_all_single(x.view(-1), receives, sends, name)
 
 
+@torch.library.custom_op("omnistep::ring_message", mutates_args=())
+def _message(k: Tensor, v: Tensor, grad: Tensor) -> Tensor:
+    """k and v stacked, once `grad` is there.
+
+    Without this operand the compiler would find that what travels in the backward pass has already
+    travelled in the forward pass, and keep every block until then, as an all-gather would.
+    """
+    return torch.stack([k, v])
+
+
+@_message.register_fake
+def _(k, v, grad):
+    return k.new_empty((2, *k.shape))
+
+
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx, part, part_backward, size, index, name, q, k, v, *seen):  # pyright: ignore[reportIncompatibleMethodOverride]
         state, kv = None, torch.stack([k, v])
         for hop in range(size):
             coming = _send(kv, size, index, name) if hop < size - 1 else None
-            state = part(q, kv[0], kv[1], seen[hop], state)
+            state = part(q, kv[0], kv[1], seen[hop], state, [] if coming is None else [coming])
             if coming is not None:
                 kv = _wait(coming).view(kv.shape)
         out, lse = state  # pyright: ignore
@@ -124,10 +146,11 @@ class _Ring(torch.autograd.Function):
         part_backward, *ring = ctx.ring
         size = ring[0]
         q, k, v, out, lse, *seen = ctx.saved_tensors
-        q_grad, kv_grad, kv = None, None, torch.stack([k, v])
+        q_grad, kv_grad, kv = None, None, _message(k, v, grad)
         for hop in range(size):
             coming = _send(kv, *ring) if hop < size - 1 else None
-            of_q, of_kv = part_backward(grad, q, kv[0], kv[1], out, lse, seen[hop])
+            in_flight = [x for x in (coming, kv_grad) if x is not None]
+            of_q, of_kv = part_backward(grad, q, kv[0], kv[1], out, lse, seen[hop], in_flight)
             q_grad = of_q if q_grad is None else q_grad + of_q
             if kv_grad is not None:  # set out one hop ago, while these were computed
                 of_kv = _wait(kv_grad).view(of_kv.shape) + of_kv

@@ -66,14 +66,21 @@ class Weights:
         self.infos = infos
         self._files = files
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Raises ValueError where there is no such tensor."""
+        return self._info(name).shape
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self.infos:
+            raise ValueError(f"{self.path} holds no tensor {name!r}{_nearest(name, self.infos)}")
+        return self.infos[name]
+
     def read(self, name: str, slices: Sequence[slice] | None = None) -> Tensor:
         """The tensor, or the part of it that `slices` cut (one per dimension, step 1).
 
         Only the bytes needed are read; the result has its own memory, on the CPU.
         """
-        if name not in self.infos:
-            raise ValueError(f"{self.path} holds no tensor {name!r}{_nearest(name, self.infos)}")
-        info = self.infos[name]
+        info = self._info(name)
         try:
             if slices is None:
                 return self._files[info.file].get_tensor(name).clone()

@@ -33,9 +33,9 @@ def main() -> None:
     tree = decoder.params(cfg)
     initial = work.weights()
     cpu = torch.device("cpu")
-    read = lambda name: torch.from_numpy(initial[name])  # noqa: E731
-    params = hf.import_weights(tree, read, torch.float32, cpu)
-    del initial
+    source = hf.InMemory({name: torch.from_numpy(value) for name, value in initial.items()})
+    params = hf.import_weights(tree, source, torch.float32, cpu)
+    del initial, source
     optimizer = adamw(weight_decay=work.DECAY, decay_mask=param.decay_mask(tree))
     train_step = make_train_step(
         decoder.make_stages(cfg, param.one_rank(tree, torch.float32), mode=options.remat),

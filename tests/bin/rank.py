@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -32,6 +33,8 @@ def main(case: str, chosen: int) -> int:
 
 def act(case: str, mesh: Mesh, stop: Stop, is_chosen: bool) -> int:
     print(f"rank {mesh.rank} of {mesh.world.size}", flush=True)
+    if "READY" in os.environ:
+        Path(os.environ["READY"], str(os.getpid())).touch()
     if case == "sum":
         print(all_reduce(torch.tensor([mesh.rank + 1]), mesh.world).item())
         print(f"{torch.get_num_threads()} threads")

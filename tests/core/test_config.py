@@ -109,7 +109,13 @@ infer.max_tokens | int | 1024
 
 ADDED = {
     *("data.eval_path", "train.compute_dtype", "train.eval_steps", "train.keep_checkpoints"),
-    *("train.max_skipped_steps", "infer.prompt", "infer.prompt_file", "infer.chat"),
+    *(
+        "train.max_skipped_steps",
+        "train.data_parallel_replicate_size",
+        "infer.prompt",
+        "infer.prompt_file",
+        "infer.chat",
+    ),
     *("infer.batch_size", "infer.compile", "infer.compute_dtype"),
 }
 ROWS = [re.split(r"\s*\|\s*", line) for line in TABLE.strip().splitlines()]
@@ -130,11 +136,11 @@ BASE = [
 ]
 
 
-def one(*argv: str, command: Command = TRAIN, world_size: int = 1) -> str:
+def one(*argv: str, command: Command = TRAIN) -> str:
     """The one problem that `load` finds."""
     base = BASE if command is TRAIN else []
     with pytest.raises(ConfigError) as caught:
-        load([*base, *argv], world_size=world_size, cuda=False, command=command)
+        load([*base, *argv], world_size=1, cuda=False, command=command)
     assert len(caught.value.problems) == 1, str(caught.value)
     return str(caught.value)
 
@@ -211,9 +217,8 @@ def test_an_unavailable_default_says_what_to_set():
         resolve(args, world_size=1, cuda=False)
 
 
-def test_custom_datasets_and_more_processes_are_not_available_yet():
+def test_custom_datasets_are_not_available_yet():
     assert "not available yet" in one("--data.datasets_type=my.data:source")
-    assert "a run of 2 processes is not available yet (only 1)" in one(world_size=2)
 
 
 @pytest.mark.parametrize(
@@ -303,13 +308,6 @@ def test_text_keys_follow_the_data_type(kind: Any, keys: str):
     assert derived(Arguments(data=own)).data.text_keys == ("a", "b")
 
 
-def test_the_global_batch_counts_data_ranks():
-    train = TrainArguments(micro_batch_size=3, tensor_parallel_size=2, context_parallel_size=2)
-    assert derived(Arguments(train=train), world_size=16).train.global_batch_size == 12
-    train = attrs.evolve(train, global_batch_size=24)
-    assert derived(Arguments(train=train), world_size=16).train.global_batch_size == 24
-
-
 @pytest.mark.parametrize(
     ("cuda", "mixed", "optimizer", "given_dtype", "expected"),
     [
@@ -368,10 +366,11 @@ def test_help_lists_every_argument_with_type_default_and_meaning(command: Comman
     assert command.program in text
     assert "--infer.top_p NUMBER (default: 1.0)" in text
     if command is TRAIN:
+        assert "[recipe.yaml] [--nproc N]" in text
         assert "--train.lr NUMBER (default: 5e-05)" in text
         assert "--train.lr_decay_style constant|linear|cosine (default: cosine)" in text
         assert "--data.text_keys NAMES (default: content_split or messages" in text
-        assert "--train.tensor_parallel_size INTEGER (default: 1; only 1 for now)" in text
+        assert "--train.expert_parallel_size INTEGER (default: 1; only 1 for now)" in text
 
 
 def test_help_is_asked_for():

@@ -87,6 +87,21 @@ def test_on_a_terminal_a_bar(tmp_path):
         assert part in text
 
 
+def test_a_silent_one_leaves_no_trace(tmp_path):
+    """Neither the file nor the bar; not even of an earlier run is a line dropped."""
+    run(tmp_path, range(1, 4))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    console = Console(file=io.StringIO(), force_terminal=True, width=160)
+    for directory in (tmp_path, tmp_path / "new"):
+        options = {"total_steps": 3, "resumed_step": 1, "console": console}
+        with Logger(directory, silent=True, **options) as logger:
+            logger.log(3, METRICS)
+            logger.say("a message")
+    assert printed(console) == ""
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
 # ---- wandb
 
 

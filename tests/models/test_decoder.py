@@ -1,5 +1,7 @@
 """Dense decoders against transformers: logits and the gradient of every parameter."""
 
+import collections
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -142,16 +144,18 @@ def test_logits_and_gradients_match_transformers(case, dtype, tolerance, packed)
 
     tree = decoder.params(cfg)
     tensors = dict(model.named_parameters())
-    weights = hf.import_weights(
-        tree, lambda name: tensors[name].detach(), dtype, torch.device("cpu")
-    )
+    weights = hf.import_weights(tree, hf.InMemory(tensors), dtype, torch.device("cpu"))
     ours = decoder.make_logits(cfg, dtype=dtype)(weights, batch)
     assert ((ours - out).norm() / out.norm()).item() < tolerance
     loss = decoder.make_stages(cfg, param.one_rank(tree, dtype), compile=False)
     result, grads = value_and_grad(loss)(weights, [batch], [rng.key(0)])
     assert result.weight == batch.weights.sum()
-    errors = relative_errors(dict(hf.export_weights(tree, grads)), their_grads)
+    errors = relative_errors(exported(tree, grads), their_grads)
     assert max(errors.values()) < tolerance, errors
+
+
+def exported(tree, values) -> dict[str, torch.Tensor]:
+    return {name: t.read() for name, t in hf.export_weights(tree, values).items()}
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
@@ -186,10 +190,11 @@ def test_export_returns_what_import_read():
     model, cfg = reference("qwen3", torch.float32)
     tensors = dict(model.named_parameters())
     tree = decoder.params(cfg)
-    weights = hf.import_weights(tree, tensors.__getitem__, torch.float32, torch.device("cpu"))
-    exported = dict(hf.export_weights(tree, weights))
-    assert exported.keys() == tensors.keys()
-    for name, value in exported.items():
+    cpu = torch.device("cpu")
+    weights = hf.import_weights(tree, hf.InMemory(tensors), torch.float32, cpu)
+    ours = exported(tree, weights)
+    assert ours.keys() == tensors.keys()
+    for name, value in ours.items():
         torch.testing.assert_close(value, tensors[name].detach(), rtol=0, atol=0)
 
 
@@ -226,7 +231,10 @@ def test_a_weight_of_another_shape_is_named():
     _, cfg = reference("qwen3", torch.float32)
     with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight has shape \(3, 3\)"):
         hf.import_weights(
-            decoder.params(cfg), lambda _: torch.zeros(3, 3), torch.float32, torch.device("cpu")
+            decoder.params(cfg),
+            hf.InMemory(collections.defaultdict(lambda: torch.zeros(3, 3))),
+            torch.float32,
+            torch.device("cpu"),
         )
 
 

@@ -16,7 +16,7 @@ def load(case: str):
     model, cfg = reference(case, torch.float32)
     tensors = dict(model.named_parameters())
     weights = hf.import_weights(
-        decoder.params(cfg), tensors.__getitem__, torch.float32, torch.device("cpu")
+        decoder.params(cfg), hf.InMemory(tensors), torch.float32, torch.device("cpu")
     )
     return model.eval(), cfg, weights
 

@@ -1,12 +1,16 @@
 """Ring attention against attention: its parts in one process, the whole on real ranks."""
 
 import multiprocessing
+import re
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import omnistep.models.attention_cpu as cpu
@@ -122,7 +126,7 @@ def test_wrong_bounds_and_lengths():
     for first, end in (([0, 2, 1, 1], [4] * 4), ([0] * 4, [1, 2, 3, 5]), ([-1] * 4, [4] * 4)):
         seen = torch.tensor([[first], [end]], dtype=torch.int32)
         with pytest.raises(ValueError, match="both bounds must be from 0 to 4 and never decrease"):
-            part(seen, 0.2, None, None)
+            part(seen, 0.2, None, None, [])
     starts = torch.zeros(1, 10, dtype=torch.int32)
     ring = partial(ring_attention, scale=0.2, window=None)
     with pytest.raises(ValueError, match="a multiple of 4, such as 8 or 12"):
@@ -144,10 +148,11 @@ def test_operators_are_what_they_say():
     q, k, v, grad = random_inputs(2, 12, 4, 2, 16)
     seen = seen_at_hops(random_starts(2, 24, 0.1), group_of(2, 1))[0]
     part, backward = torch.ops.omnistep.attention_part, torch.ops.omnistep.attention_part_backward
-    for state in ((None, None), part(q, k, v, seen, 0.2, None, None)):
-        torch.library.opcheck(part.default, (q, k, v, seen, 0.2, *state))
-        out, lse = part(q, k, v, seen, 0.2, *state)
-    torch.library.opcheck(backward.default, (grad, q, k, v, out, lse, seen, 0.2))
+    for state in ((None, None), part(q, k, v, seen, 0.2, None, None, [])):
+        torch.library.opcheck(part.default, (q, k, v, seen, 0.2, *state, [grad]))
+        out, lse = part(q, k, v, seen, 0.2, *state, [])
+    torch.library.opcheck(backward.default, (grad, q, k, v, out, lse, seen, 0.2, [grad]))
+    torch.library.opcheck(torch.ops.omnistep.ring_message.default, (k, v, grad))
 
 
 # On real ranks
@@ -178,6 +183,56 @@ class Messages(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def capturing(graphs):
+    """A backend that runs the graphs as they are and keeps them: forward, backward."""
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    return aot_autograd(
+        fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition
+    )
+
+
+def operators(graph):
+    return [
+        n.target._opname for n in graph.graph.nodes if isinstance(n.target, torch._ops.OpOverload)
+    ]
+
+
+def check_graphs(size, mode, graphs, inputs):
+    """A block is not kept from the forward to the backward pass; selective remat runs no ring."""
+    forward, backward = map(operators, graphs)
+    again = mode == "full"
+    assert forward.count("attention_part") == size
+    assert forward.count("all_to_all_single") == size - 1
+    assert backward.count("attention_part") == size * again
+    assert backward.count("attention_part_backward") == size
+    assert backward.count("all_to_all_single") == 2 * size - 1 + (size - 1) * again
+    (out, *saved) = next(n for n in graphs[0].graph.nodes if n.op == "output").args[0]
+    kept = sum(x.meta["val"].numel() for x in saved if x.meta["val"].is_floating_point())
+    q, k, v, _ = inputs
+    lse = q.numel() // q.shape[-1]
+    assert kept == sum(x.numel() for x in (q, k, v)) + (0 if again else q.numel() + lse)
+
+
+SCHEDULE = [
+    "all_to_all_single attention_part wait_tensor attention_part",
+    "ring_message all_to_all_single attention_part_backward all_to_all_single wait_tensor "
+    "attention_part_backward wait_tensor all_to_all_single wait_tensor",
+]
+"""What must be the order on two ranks in what inductor makes: nobody waits before computing."""
+
+
+def check_order(codes):
+    call = re.compile(
+        r"= torch\.ops\.(?:_c10d_functional|omnistep)\.(\w+)|(wait_tensor)\.default\("
+    )
+    found = [" ".join(a or b for a, b in call.findall(code)) for code in codes]
+    assert found == SCHEDULE
+
+
 def case_of(dtype, rows, chunk, heads, kv_heads, density, window, group):
     """This rank's inputs, the function to be tested, and what it must return."""
     torch.manual_seed(chunk + heads)
@@ -190,21 +245,37 @@ def case_of(dtype, rows, chunk, heads, kv_heads, density, window, group):
     return [local(x) for x in inputs], ring, [local(x).to(dtype) for x in exact]
 
 
-def check_case(case, group, modes):
+def check_case(case, group):
     inputs, ring, expected = case_of(*case, group)
-    tolerance = TOLERANCE[case[0]]
     with Messages() as sent:
-        assert_close(with_gradients(ring, *inputs), expected, tolerance)
+        assert_close(with_gradients(ring, *inputs), expected, TOLERANCE[case[0]])
     size, kv = group.size, 2 * inputs[1].numel() * inputs[1].element_size()
     # forward: k and v; backward: k and v, and in between their gradients, one hop more
     assert sent.bytes == [kv] * (size - 1 + 2 * size - 1)
     assert sent.parts == size
-    for mode in modes:
+
+
+def check_compiled(case, group):
+    inputs, ring, expected = case_of(*case, group)
+    for mode in ("none", "selective", "full"):
         block = remat(lambda q, k, v: ring(q * 2, k, v) * 3, mode, SAVED_OPS)
         scaled = [inputs[0] / 2, *inputs[1:3], inputs[3] / 3]
         leaves = [expected[0] * 3, expected[1] * 2, *expected[2:]]
-        for function in (block, torch.compile(block, fullgraph=True)):
-            assert_close(with_gradients(function, *scaled), leaves, tolerance)
+        graphs = []
+        run = torch.compile(block, fullgraph=True, dynamic=False, backend=capturing(graphs))
+        for function in (block, run):
+            assert_close(with_gradients(function, *scaled), leaves, TOLERANCE[case[0]])
+        check_graphs(group.size, mode, graphs, inputs)
+        torch._dynamo.reset()
+
+
+def check_inductor(case, group):
+    inputs, ring, expected = case_of(*case, group)
+    compiled = torch.compile(ring, fullgraph=True, dynamic=False)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        got, codes = run_and_get_code(with_gradients, compiled, *inputs)
+    assert_close(got, expected, TOLERANCE[case[0]])
+    check_order(codes)
 
 
 def run_rank(rank, size, store):
@@ -212,9 +283,11 @@ def run_rank(rank, size, store):
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size)
     try:
         group = make_mesh({"cp": size}, torch.device("cpu")).group("cp")
-        for i, case in enumerate(CASES):
-            modes = ("none", "selective", "full") if size == 2 and i in (1, 5) else ()
-            check_case(case, group, modes)
+        for case in CASES:
+            check_case(case, group)
+        check_compiled(CASES[size - 1], group)
+        if size == 2:
+            check_inductor(CASES[-1], group)
     finally:
         dist.destroy_process_group()
 

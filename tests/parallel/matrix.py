@@ -173,7 +173,9 @@ def compare(case: Case, mesh: Mesh, wanted: dict) -> dict[str, float]:
         local = leaf if mesh.device_mesh is None else leaf.to_local()
         assert local.shape == part.shape and leaf.shape == whole.shape
         names.append(name)
-        squares.append(torch.stack([(local - part).double().square().sum(), part.double().square().sum()]))
+        squares.append(
+            torch.stack([(local - part).double().square().sum(), part.double().square().sum()])
+        )
     sums = torch.stack(squares)
     if mesh.world.size > 1:
         dist.all_reduce(sums)
@@ -213,9 +215,7 @@ def run(cases: Sequence[Case]) -> dict[str, dict[str, float]]:
             mine = [case for case in cases if case.ranks == world]
             (folder / f"cases{world}").write_bytes(pickle.dumps(mine))
             command = [sys.executable, "-m", "tests.parallel.matrix", name, str(world)]
-            ranks = [
-                subprocess.Popen([*command, str(rank)], env=environ) for rank in range(world)
-            ]
+            ranks = [subprocess.Popen([*command, str(rank)], env=environ) for rank in range(world)]
             try:
                 while any(rank.poll() is None for rank in ranks):
                     if any(rank.poll() for rank in ranks):

@@ -1,0 +1,356 @@
+"""Many ranks: who started them, how they are started here, and how they end together."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from omnistep.bin import train
+from omnistep.bin.launch import (
+    LOST_PEER,
+    Launch,
+    LaunchError,
+    first_host,
+    lost_peer,
+    pick_gpu,
+    read_launch,
+    slurm_port,
+    take_nproc,
+)
+from omnistep.bin.spawn import Verdict, blame, rank_environment, spawn
+from omnistep.bin.stop import AT_ONCE, INTERRUPTED, RESUME_ME
+from omnistep.core.config import ConfigError
+from tests.bin.runs import ENVIRONMENT, ROOT, call, settings, wait_until, words
+
+# ---- who am I ------------------------------------------------------------------------------
+
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "node7",
+    "MASTER_PORT": "29500",
+}
+SRUN = {
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_JOB_NODELIST": "node[06-09]",
+}
+BATCH = {name: text for name, text in SRUN.items() if "STEP" not in name} | {"SLURM_PROCID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, Launch()),
+        (TORCHRUN, Launch(5, 8, 1, "node7", 29500, "torchrun")),
+        (TORCHRUN | SRUN, Launch(5, 8, 1, "node7", 29500, "torchrun")),
+        (TORCHRUN | {"OMNISTEP_LAUNCHER": "77"}, Launch(5, 8, 1, "node7", 29500, "--nproc", 77)),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, Launch()),
+        ({"RANK": "3"}, Launch()),
+        (SRUN, Launch(5, 8, 1, "node06", slurm_port(4711, 2), "srun")),
+        (SRUN | {"SLURM_STEP_NODELIST": "node08"}, Launch(5, 8, 1, "node08", 27_378, "srun")),
+        (SRUN | {"MASTER_ADDR": "h", "MASTER_PORT": "9"}, Launch(5, 8, 1, "h", 9, "srun")),
+        (BATCH, Launch()),  # the script of sbatch --ntasks 8
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, Launch()),  # a shell of salloc
+        ({"SLURM_NTASKS": "8", "SLURM_JOB_ID": "4711"}, Launch()),
+    ],
+)
+def test_who_started_this_process(environ, expected):
+    assert read_launch(environ) == expected
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        (TORCHRUN | {"MASTER_PORT": ""}, "no MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "no LOCAL_RANK"),
+        (TORCHRUN | {"RANK": "two"}, r"RANK = two \(environment\): expected a whole number"),
+        (SRUN | {"SLURM_JOB_NODELIST": ""}, "no SLURM_JOB_NODELIST"),
+    ],
+)
+def test_an_environment_that_does_not_say_it_all(environ, expected):
+    with pytest.raises(ConfigError, match=expected):
+        read_launch(environ)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ("login-1.cluster", "login-1.cluster"),
+        ("a7,a9", "a7"),
+        ("node[007-012,3]", "node007"),
+        ("node[3,5],gpu1", "node3"),
+        ("gpu1,node[3,5]", "gpu1"),
+        ("rack[1-2]n[04,5]-ib,x", "rack1n04-ib"),
+    ],
+)
+def test_the_first_host(nodes, host):
+    assert first_host(nodes) == host
+
+
+def test_a_port_for_each_step():
+    ports = {slurm_port(job, step) for job in range(10**7, 10**7 + 50) for step in range(4)}
+    assert len(ports) == 200
+    assert all(1024 < port < 32_768 for port in [*ports, slurm_port(2**31, 2**32 - 6)])
+
+
+@pytest.mark.parametrize(
+    ("argv", "rest", "nproc"),
+    [
+        ("r.yaml --train.lr 1", "r.yaml --train.lr 1", 1),
+        ("--nproc 2 r.yaml", "r.yaml", 2),
+        ("r.yaml --nproc 4 --train.lr 1", "r.yaml --train.lr 1", 4),
+        ("r.yaml --nproc=3", "r.yaml", 3),
+        ("--nproc=3 r.yaml --nproc 1", "r.yaml", 1),
+    ],
+)
+def test_nproc_anywhere(argv, rest, nproc):
+    assert take_nproc(argv.split(), Launch()) == (rest.split(), nproc)
+
+
+@pytest.mark.parametrize("argv", ["--nproc", "--nproc=", "--nproc --train.lr 1"])
+def test_nproc_without_a_number(argv):
+    with pytest.raises(ConfigError, match=r"^--nproc: expected how many ranks"):
+        take_nproc(argv.split(), Launch())
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", "r.yaml"])
+def test_nproc_that_is_no_number(text):
+    with pytest.raises(ConfigError, match=rf"^--nproc = {text}: expected how many ranks"):
+        take_nproc([f"--nproc={text}"], Launch())
+
+
+def test_nproc_in_a_job_of_ranks():
+    launch = read_launch(TORCHRUN)
+    assert take_nproc(["r.yaml"], launch) == (["r.yaml"], 1)
+    with pytest.raises(ConfigError, match="8 ranks were started by torchrun already; leave"):
+        take_nproc(["--nproc=2"], launch)
+
+
+def test_the_gpu_of_a_rank():
+    assert pick_gpu(Launch(5, 8, 1), 4) == 1
+    assert pick_gpu(Launch(5, 8, 3, by="srun"), 1) == 0
+    with pytest.raises(LaunchError, match=r"no GPU for local rank 3.*at most 1 ranks.*init_device"):
+        pick_gpu(Launch(5, 8, 3, by="torchrun"), 1)
+
+
+def test_what_tells_of_another_rank():
+    closed = "[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:1. This is"
+    assert lost_peer(RuntimeError(closed)) == "Connection closed by peer [::1]:1"
+    assert not lost_peer(RuntimeError("shapes differ"))
+    assert not lost_peer(ValueError(closed))
+
+
+# ---- verdicts ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("codes", "said", "expected"),
+    [
+        ({0: 2}, "0\nerror: x", Verdict(2, ())),
+        ({0: LOST_PEER, 2: 1}, "2\nTraceback", Verdict(1, ("Traceback",))),
+        ({0: LOST_PEER}, "2\nTraceback", Verdict(1, ("Traceback",))),
+        ({0: LOST_PEER, 1: -9}, None, (137, "rank 1 was killed by SIGKILL")),
+        ({0: LOST_PEER, 1: -64}, None, (192, "rank 1 was killed by SIGRTMAX")),
+        ({0: LOST_PEER, 1: 7}, None, (7, "rank 1 ended with exit code 7")),
+        ({0: LOST_PEER, 1: LOST_PEER}, None, (LOST_PEER, "rank 0 ended with exit code 69")),
+    ],
+)
+def test_whose_fault_it_is(codes, said, expected):
+    verdict = blame(codes, said, {1: "last words"})
+    if isinstance(expected, tuple):
+        code, text = expected
+        words = ("last words",) if "rank 1" in text else ()
+        expected = Verdict(code, (*words, f"error: {text}, so the others were ended"))
+    assert verdict == expected
+
+
+def test_the_environment_of_a_rank():
+    environ = rank_environment({"HOME": "/h", "RANK": "9"}, 1, 10_000, 123)
+    assert read_launch(environ) == Launch(1, 10_000, 1, "127.0.0.1", 123, "--nproc", os.getpid())
+    assert environ["OMP_NUM_THREADS"] == "1"
+    assert environ["HOME"] == "/h"
+    own = rank_environment({"OMP_NUM_THREADS": "7", "GLOO_SOCKET_IFNAME": "ib0"}, 0, 2, 123)
+    assert (own["OMP_NUM_THREADS"], own["GLOO_SOCKET_IFNAME"]) == ("7", "ib0")
+
+
+# ---- real ranks ----------------------------------------------------------------------------
+
+RANK = [sys.executable, "-m", "tests.bin.rank"]
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+@pytest.fixture
+def ready(monkeypatch, tmp_path) -> Path:
+    """Each rank that has joined puts a file here, named by its process id."""
+    monkeypatch.setenv("READY", str(tmp_path))
+    return tmp_path
+
+
+def started(ready: Path, nproc: int) -> bool:
+    return len(list(ready.iterdir())) == nproc
+
+
+def test_ranks_add_up(capfd, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert spawn([*RANK, "sum"], 2) == 0
+    out, err = capfd.readouterr()
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert out.splitlines() == ["rank 0 of 2", "3", f"{threads} threads"]
+    assert err == ""
+
+
+def test_one_rank_fails_and_the_others_wait_for_it(capfd):
+    begun = time.monotonic()
+    assert spawn([*RANK, "raise", "1"], 2) == 1
+    assert time.monotonic() - begun < 20
+    err = capfd.readouterr().err
+    assert err.startswith("error: rank 1:\nTraceback (most recent call last):\n")
+    assert err.endswith("ValueError: boom\n")
+    assert err.count("Traceback") == err.count("error: ") == 1
+
+
+def test_one_rank_meets_an_expected_error(capfd):
+    assert spawn([*RANK, "expected", "1"], 2) == 2
+    assert capfd.readouterr().err == "error: rank 1: what one rank sees\n"
+
+
+def test_all_ranks_meet_the_same_error(capfd):
+    assert spawn([*RANK, "all fail"], 2) == 2
+    assert capfd.readouterr().err == "error: what all ranks see\n"
+
+
+@pytest.mark.parametrize(
+    ("case", "code", "last"),
+    [
+        ("kill", 137, "error: rank 1 was killed by SIGKILL, so the others were ended\n"),
+        ("exit", 7, "the last words\nerror: rank 1 ended with exit code 7, so the others were"),
+    ],
+)
+def test_a_rank_goes_without_a_word(case, code, last, capfd):
+    assert spawn([*RANK, case, "1"], 2) == code
+    err = capfd.readouterr().err
+    assert last in err
+    assert "Traceback" not in err
+    assert err.count("\n") <= 3
+
+
+def test_a_rank_that_does_not_end_is_killed(capfd, ready):
+    begun = time.monotonic()
+    assert spawn([*RANK, "stuck", "1"], 2, grace=0.5) == 1
+    assert time.monotonic() - begun < 20
+    assert capfd.readouterr().err.count("Traceback") == 1
+    for pid in ready.iterdir():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid.name), 0)
+
+
+def signalled(ready: Path, nproc: int, *numbers: int) -> threading.Thread:
+    """Sends the signals to this process once all ranks have joined."""
+
+    def send() -> None:
+        wait_until(lambda: started(ready, nproc))
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            time.sleep(0.5)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_all_ranks_stop_at_the_same_step(number, capfd, ready):
+    thread = signalled(ready, 2, number)
+    assert spawn([*RANK, "stop"], 2) == RESUME_ME
+    thread.join()
+    out, err = capfd.readouterr()
+    assert out.splitlines() == ["rank 0 of 2", "the same step"]
+    assert err == ""
+
+
+def test_interrupted_twice_they_end_at_once(capfd, ready):
+    thread = signalled(ready, 2, signal.SIGINT, signal.SIGINT)
+    begun = time.monotonic()
+    assert spawn([*RANK, "stuck", "7"], 2) == INTERRUPTED
+    thread.join()
+    assert time.monotonic() - begun < 20
+    assert capfd.readouterr().err == AT_ONCE.decode()
+
+
+def test_ranks_do_not_outlive_their_launcher(ready):
+    script = f"from omnistep.bin.spawn import spawn; spawn({[*RANK, 'stuck', '7']}, 2)"
+    process = subprocess.Popen([sys.executable, "-c", script])
+    wait_until(lambda: started(ready, 2))
+    process.kill()
+    process.wait()
+    pids = [int(path.name) for path in ready.iterdir()]
+    wait_until(lambda: all(has_ended(pid) for pid in pids), 10)
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_one_process_interrupted_twice_ends_at_once():
+    script = (
+        "import os, signal\n"
+        "from omnistep.bin.stop import Stop\n"
+        "from omnistep.parallel.mesh import Group\n"
+        "with Stop() as stop:\n"
+        "    assert not stop.agreed(Group())\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    assert stop.agreed(Group())\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('still there')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=ENVIRONMENT)
+    assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, b"", AT_ONCE)
+
+
+# ---- the command ---------------------------------------------------------------------------
+
+FIRST = TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "argv", "expected"),
+    [
+        ({}, ["--nproc=0"], "error: --nproc = 0: expected how many ranks"),
+        (FIRST, ["--nproc", "2"], "error: --nproc = 2: 8 ranks were started by torchrun"),
+        (FIRST | {"LOCAL_RANK": ""}, [], "error: the environment has RANK"),
+        ({}, ["--nproc=2", "--train.tensor_parallel_size=4"], "error: train.tensor_parallel_size"),
+    ],
+)
+def test_what_is_wrong_with_a_launch(environ, argv, expected, files, tmp_path, monkeypatch):
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    result = call(train.main, [*argv, *words(settings(files, tmp_path / "run"))])
+    assert result.code == 2
+    assert result.err.startswith(expected)
+    assert result.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_the_first_rank_of_a_machine_tells_of_the_configuration(tmp_path, monkeypatch):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    result = call(train.main, [str(tmp_path / "missing.yaml")])
+    assert (result.code, result.err) == (2, "")
