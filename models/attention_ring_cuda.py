@@ -15,9 +15,7 @@ from omnistep.parallel.mesh import Group
 from omnistep.parallel.ring import ring, take_local
 
 
-@torch.library.custom_op(
-    "omnistep::flash_part", mutates_args=(), tags=(torch.Tag.needs_contiguous_strides,)
-)
+@torch.library.custom_op("omnistep::flash_part", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def flash_part(
     q: Tensor,
     k: Tensor,
@@ -43,7 +41,7 @@ def flash_part(
 
 
 @torch.library.custom_op(
-    "omnistep::flash_part_backward", mutates_args=(), tags=(torch.Tag.needs_contiguous_strides,)
+    "omnistep::flash_part_backward", mutates_args=(), tags=(torch.Tag.flexible_layout,)
 )
 def flash_part_backward(
     grad: Tensor,
@@ -109,24 +107,26 @@ def _lengths(where: Tensor, keys: int) -> tuple[Tensor, Tensor, bool]:
     zero = torch.zeros_like(row)
     of_queries = torch.stack([zero, q_first, q_first, q_end, zero + queries], 1)
     of_keys = torch.stack([zero, zero, k_first, k_end, k_end], 1)
-    total_q, total_k = (
-        torch.full_like(row[:1], rows * queries),
-        torch.full_like(row[:1], rows * keys),
-    )
-    lengths_q = torch.cat([(of_queries + row[:, None] * queries).flatten(), total_q])
-    lengths_k = torch.cat([(of_keys + row[:, None] * keys).flatten(), total_k])
-    return lengths_q, lengths_k, False
+    of_rows = [(of_queries, queries), (of_keys, keys)]
+    lengths = [(x + row[:, None] * n).flatten() for x, n in of_rows]
+    totals = [torch.full_like(row[:1], rows * n) for _, n in of_rows]
+    of_queries, of_keys = (torch.cat(x) for x in zip(lengths, totals, strict=True))
+    return of_queries, of_keys, False
 
 
 def _of_tokens(x: Float[Tensor, "rows heads queries"]) -> Float[Tensor, "rows queries heads 1"]:
     return x.transpose(1, 2)[..., None]
 
 
+def _tokens(x: Float[Tensor, "rows seq heads head_dim"]) -> Float[Tensor, "tokens heads head_dim"]:
+    return x.flatten(0, 1).contiguous()
+
+
 def _flash_forward(q, k, v, lengths_q, lengths_k, causal: bool, scale: float):
     """Output in q's dtype, and logsumexp [rows, heads, queries] in float32."""
     rows, queries, heads, _ = q.shape
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), lengths_q, lengths_k,
+        *map(_tokens, (q, k, v)), lengths_q, lengths_k,
         queries, k.shape[1], 0.0, causal, False, scale=scale,
     )  # fmt: skip
     lse = lse.view(heads, rows, queries).transpose(0, 1)
@@ -136,7 +136,7 @@ def _flash_forward(q, k, v, lengths_q, lengths_k, causal: bool, scale: float):
 
 def _flash_backward(grad, q, k, v, out, lse, lengths_q, lengths_k, causal: bool, scale: float):
     grads = torch.ops.aten._flash_attention_backward(
-        *(x.flatten(0, 1) for x in (grad, q, k, v, out)), lse.transpose(0, 1).flatten(1),
+        *map(_tokens, (grad, q, k, v, out)), lse.transpose(0, 1).flatten(1).contiguous(),
         lengths_q, lengths_k, q.shape[1], k.shape[1], 0.0, causal,
         torch.zeros(2, dtype=torch.uint64, device=q.device),  # no dropout, so no random state
         torch.empty(0, device=q.device), scale=scale,

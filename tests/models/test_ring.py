@@ -3,6 +3,7 @@
 import multiprocessing
 import re
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import omnistep.models.attention_cpu as cpu
+import omnistep.models.attention_ring_cuda as flash
 from omnistep.models.attention import SAVED_OPS, attention, ring_attention
 from omnistep.models.attention_cuda import first_seen
 from omnistep.models.attention_plain import compute_dtype, plain_part, plain_part_backward
@@ -210,7 +212,7 @@ def check_graphs(size, mode, graphs, inputs):
     assert backward.count("attention_part") == size * again
     assert backward.count("attention_part_backward") == size
     assert backward.count("all_to_all_single") == 2 * size - 1 + (size - 1) * again
-    (out, *saved) = next(n for n in graphs[0].graph.nodes if n.op == "output").args[0]
+    _, *saved = next(n for n in graphs[0].graph.nodes if n.op == "output").args[0]
     kept = sum(x.meta["val"].numel() for x in saved if x.meta["val"].is_floating_point())
     q, k, v, _ = inputs
     lse = q.numel() // q.shape[-1]
@@ -278,6 +280,66 @@ def check_inductor(case, group):
     check_order(codes)
 
 
+# FlashAttention needs a GPU: here what it promises. What it may leave unwritten is NaN.
+
+
+def flash_runs(lengths_q, lengths_k, causal):
+    for q, q_end, k, k_end in zip(
+        *(x for y in (lengths_q.tolist(), lengths_k.tolist()) for x in (y[:-1], y[1:])), strict=True
+    ):
+        hidden = torch.ones(q_end - q, k_end - k, dtype=torch.bool).triu(1) & causal
+        yield slice(q, q_end), slice(k, k_end), hidden
+
+
+def flash_forward(q, k, v, lengths_q, lengths_k, causal, scale):
+    rows, queries, heads, _ = q.shape
+    k, v = (x.repeat_interleave(heads // k.shape[2], 2).flatten(0, 1) for x in (k, v))
+    out, lse = torch.zeros_like(q).flatten(0, 1), torch.full((heads, rows * queries), -torch.inf)
+    for of_q, of_k, hidden in flash_runs(lengths_q, lengths_k, causal):
+        scores = torch.einsum("ihd,jhd->hij", q.flatten(0, 1)[of_q], k[of_k]) * scale
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if scores.numel():
+            lse[:, of_q] = scores.logsumexp(-1)
+            out[of_q] = torch.einsum("hij,jhd->ihd", scores.softmax(-1), v[of_k])
+    return out.view(q.shape), lse.view(heads, rows, queries).transpose(0, 1)
+
+
+def flash_backward(grad, q, k, v, out, lse, lengths_q, lengths_k, causal, scale):
+    group, shapes = q.shape[2] // k.shape[2], (q.shape, k.shape, v.shape)
+    lse = lse.transpose(0, 1).flatten(1)
+    grad, q, k, v, out = (x.flatten(0, 1) for x in (grad, q, k, v, out))
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    grads = [torch.full_like(x, torch.nan) for x in (q, k, v)]
+    for of_q, of_k, hidden in flash_runs(lengths_q, lengths_k, causal):
+        if not hidden.numel():
+            continue
+        scores = torch.einsum("ihd,jhd->hij", q[of_q], k[of_k]) * scale
+        weights = (scores - lse[:, of_q, None]).exp().masked_fill(hidden, 0)
+        delta = (out[of_q] * grad[of_q]).sum(-1).T[..., None]
+        of_scores = weights * (torch.einsum("ihd,jhd->hij", grad[of_q], v[of_k]) - delta) * scale
+        grads[0][of_q] = torch.einsum("hij,jhd->ihd", of_scores, k[of_k])
+        grads[1][of_k] = torch.einsum("hij,ihd->jhd", of_scores, q[of_q])
+        grads[2][of_k] = torch.einsum("hij,ihd->jhd", weights, grad[of_q])
+    shared = [grads[0], *(x.unflatten(1, (-1, group)).sum(2) for x in grads[1:])]
+    return [x.view(shape) for x, shape in zip(shared, shapes, strict=True)]
+
+
+def check_flash(case, group):
+    inputs, ring, expected = case_of(*case, group)
+    starts = ring.keywords["starts"]
+    with (
+        patch.object(flash, "_flash_forward", flash_forward),
+        patch.object(flash, "_flash_backward", flash_backward),
+    ):
+        seen = seen_at_hops(starts, group)
+        bound = int((starts == torch.arange(starts.shape[1])).sum(1).max())
+        ours = partial(
+            flash.flash_in_ring,
+            starts=starts, seen=seen, group=group, scale=0.2, max_samples=bound,
+        )  # fmt: skip
+        assert_close(with_gradients(ours, *inputs), expected, TOLERANCE[case[0]])
+
+
 def run_rank(rank, size, store):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size)
@@ -285,6 +347,8 @@ def run_rank(rank, size, store):
         group = make_mesh({"cp": size}, torch.device("cpu")).group("cp")
         for case in CASES:
             check_case(case, group)
+        for case in CASES[4], (torch.float32, 3, 24, 4, 2, 0.1, None):
+            check_flash(case, group)
         check_compiled(CASES[size - 1], group)
         if size == 2:
             check_inductor(CASES[-1], group)

@@ -1,0 +1,111 @@
+"""A whole train step without its arithmetic: what it allocates and what it sends, at any size.
+
+`hollow_kernels`: inductor compiles as ever (its graphs, its schedule, the code that allocates, sends
+and calls), but the C++ kernels that this code calls are empty, and no C++ compiler runs. What is
+sent and allocated does not depend on numbers, so both are exactly those of the real step.
+
+`Ledger`: tensors without memory (torch's FakeTensorMode), and a book of every buffer that lives and
+every message that leaves. With both, the compiled step of a 70B model on one of 1,024 ranks runs
+on any machine.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.codecache import PyCodeCache
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from omnistep.parallel.mesh import Mesh
+from omnistep.parallel.traffic import Kind, Message, Traffic
+
+_KINDS: dict[str, Kind] = {
+    "all_gather_into_tensor": "all_gather",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "all_reduce": "all_reduce",
+    "all_to_all_single": "all_to_all",
+}
+
+
+@contextmanager
+def hollow_kernels() -> Iterator[None]:
+    """What is compiled inside must not be called outside, nor the other way round."""
+    guards = torch._C._dynamo.guards
+
+    def reinterpret(x: Tensor, shape: Any, stride: Any, offset: int = 0) -> Tensor:
+        return torch.as_strided(x, shape, stride, x.storage_offset() + offset)
+
+    def empty(shape: Any, stride: Any, dtype: torch.dtype) -> Tensor:
+        return torch.empty_strided(shape, stride, dtype=dtype)
+
+    def forget() -> None:
+        torch._dynamo.reset()
+        PyCodeCache.cache_clear()
+
+    forget()
+    try:
+        with (
+            patch.object(AsyncCompile, "cpp_pybinding", lambda *_: lambda *_: None),
+            patch.object(guards, "_empty_strided_cpu", empty),
+            patch.object(guards, "_reinterpret_tensor", reinterpret),
+        ):
+            yield
+    finally:
+        forget()
+
+
+class Ledger(FakeTensorMode):
+    """Inside, tensors have no memory; `live` is how many bytes they would take, `peak` the most
+    there were, `traffic` what was sent. `restart` begins anew from what lives."""
+
+    def __init__(self, mesh: Mesh):
+        super().__init__()
+        self.live = self.peak = 0
+        self.traffic: Traffic = Counter()
+        self._groups = {group.name: group for group in mesh.groups.values()}
+        self._known: dict[int, weakref.ref] = {}
+
+    def restart(self) -> None:
+        self.peak = self.live
+        self.traffic.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "namespace", "") == "_c10d_functional":
+            self._count(func, args)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        for x in tree_leaves(out):
+            if isinstance(x, FakeTensor):
+                self._enter(x)
+        return out
+
+    def _count(self, func: Any, args: Any) -> None:
+        name = func._schema.name.split("::")[1].removesuffix("_")
+        if name == "wait_tensor":
+            return
+        x, group = args[0], self._groups[args[-1]]
+        kind = _KINDS[name]
+        if kind == "all_to_all" and sum(map(bool, args[2])) == 1:
+            kind = "permute"
+        dtype = str(x.dtype).removeprefix("torch.")
+        self.traffic[Message(kind, group.axes, group.size, x.numel(), dtype)] += 1
+
+    def _enter(self, x: Tensor) -> None:
+        storage = x.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def leave(_: Any) -> None:
+            self.live -= size
+            del self._known[key]
+
+        self._known[key] = weakref.ref(storage, leave)
+        self.live += size
+        self.peak = max(self.peak, self.live)
