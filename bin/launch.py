@@ -20,6 +20,7 @@ import torch.distributed as dist
 from attrs import frozen
 
 from omnistep.core.config import ConfigError
+from omnistep.parallel.mesh import destroy_groups, forget_groups
 
 NPROC = "--nproc"
 LAUNCHER = "OMNISTEP_LAUNCHER"
@@ -193,7 +194,7 @@ def leave() -> None:
     or have torchrun end those that are still saving."""
     if dist.is_initialized():
         dist.all_reduce(torch.zeros(1))
-        dist.destroy_process_group()
+        destroy_groups()
 
 
 def pick_gpu(launch: Launch, count: int) -> int:
@@ -241,6 +242,7 @@ def fail(launch: Launch, error: Exception, *, expected: bool) -> int:
         text = f"error: rank {launch.rank}:\n{trace}"
     if _speaks(launch, error, key, text):
         print(text, file=sys.stderr, flush=True)
+    forget_groups()
     return code
 
 

@@ -21,6 +21,7 @@ from omnistep.core.param import Layout, Param, constant, normal, one_rank
 from omnistep.core.step import LossOutput, Stages
 from omnistep.core.tree import Tree
 from omnistep.models.attention import SAVED_OPS, attention
+from omnistep.models.attention_cpu import start_compiling
 from omnistep.models.layers import rms_norm, rope_angles, rope_frequencies, rotary
 from omnistep.models.loss import make_linear_cross_entropy
 from omnistep.parallel.collectives import all_gather, all_to_all, reduce_scatter
@@ -293,6 +294,8 @@ def make_stages(
     """
     mesh, dtype = layout.mesh, layout.dtype
     check_mesh(cfg, mesh)
+    if mesh.device.type == "cpu":
+        start_compiling()  # attention's kernel, while the layers are traced
     ranks = ranks_of(mesh)
     windows = cfg.windows or (None,) * cfg.layers
     here = cfg.layers // mesh.size("pp")

@@ -101,10 +101,15 @@ def make_mesh(sizes: Mapping[str, int], device: torch.device) -> Mesh:
     return Mesh(device, sizes, rank, groups, device_mesh)
 
 
-def destroy_groups() -> None:
-    """Ends torch.distributed in this process, with the groups of all meshes. (Groups that are only
-    known by a name of ours would outlive their threads and abort the process at exit.)"""
+def forget_groups() -> None:
+    """Before the process ends: groups that are still known by a name of ours would outlive their
+    threads and abort it."""
     _c10d._unregister_all_process_groups()
+
+
+def destroy_groups() -> None:
+    """Ends torch.distributed in this process, with the groups of all meshes."""
+    forget_groups()
     dist.destroy_process_group()
 
 

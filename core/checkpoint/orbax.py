@@ -43,7 +43,7 @@ class OrbaxStore:
             raise ValueError(f"{directory}: a checkpoint directory is a local (or mounted) path")
         if keep is not None and keep < 1:
             raise ValueError(f"keep is {keep}; it is the number of steps kept, at least 1, or None")
-        self.directory = Path(directory).absolute()
+        self.directory = Path(directory).resolve()  # tensorstore takes no `..`
         self._keep = keep
         self._ranks = all_ranks()
         self._copies = HostCopies()

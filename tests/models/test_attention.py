@@ -1,6 +1,7 @@
 """Attention against a plain masked softmax, on every path that can run on a CPU."""
 
 import logging
+import threading
 from functools import partial
 
 import pytest
@@ -311,6 +312,30 @@ def test_without_a_compiler(window, monkeypatch, caplog):
         assert len(caplog.records) == 1
         assert "no C++ compiler" in caplog.text
     finally:
+        cpu.compilation.cache_clear()
+
+
+def test_compilation_begins_before_it_is_asked_for(monkeypatch):
+    begun, may_end = threading.Event(), threading.Event()
+
+    def slow(compiler):
+        begun.set()
+        assert may_end.wait(10)
+        raise OSError("no such thing")
+
+    monkeypatch.setattr(cpu, "_compiler", lambda: "c++")
+    monkeypatch.setattr(cpu, "compile_kernel", slow)
+    cpu.compilation.cache_clear()
+    try:
+        cpu.start_compiling()
+        assert begun.wait(10)
+        begun.clear()
+        cpu.start_compiling()
+        may_end.set()
+        assert cpu.kernel() is None
+        assert not begun.is_set(), "it was compiled a second time"
+    finally:
+        may_end.set()
         cpu.compilation.cache_clear()
 
 
