@@ -20,7 +20,7 @@ from omnistep.core.compile import compile_graph
 from omnistep.core.param import Layout, Param, constant, normal, one_rank
 from omnistep.core.step import LossOutput, Stages
 from omnistep.core.tree import Tree
-from omnistep.models.attention import SAVED_OPS, attention
+from omnistep.models.attention import SAVED_OPS, ring_attention
 from omnistep.models.attention_cpu import start_compiling
 from omnistep.models.layers import rms_norm, rope_angles, rope_frequencies, rotary
 from omnistep.models.loss import make_linear_cross_entropy
@@ -31,10 +31,6 @@ from omnistep.parallel.sequence import share
 from omnistep.parallel.unshard import unshard
 
 ALONE = Group()
-
-
-def ring_attention(q, k, v, starts, cp, *, scale, window):  # TEMP
-    return attention(q, k, v, starts, scale=scale, window=window)
 
 
 @frozen

@@ -15,22 +15,31 @@ _c10d = torch.ops._c10d_functional
 _wait = _c10d.wait_tensor
 
 
+def _to_front(x: Tensor, size: int, dim: int) -> Tensor:
+    """[size, ...]: equal pieces along `dim`, one after another in memory. (One copy: a torch.cat of
+    pieces would be compiled to a kernel for each.)"""
+    return x.unflatten(dim, (size, -1)).movedim(dim, 0).contiguous()
+
+
+def _from_front(pieces: Tensor, dim: int) -> Tensor:
+    """The inverse of `_to_front`."""
+    return pieces.movedim(0, dim).contiguous().flatten(dim, dim + 1)
+
+
 def _gather(x: Tensor, size: int, name: str, dim: int) -> Tensor:
     out = _wait(_c10d.all_gather_into_tensor(x.contiguous(), size, name))
-    return out if dim == 0 else torch.cat(out.chunk(size, 0), dim)
+    return _from_front(out.unflatten(0, (size, -1)), dim)
 
 
 def _scatter(x: Tensor, size: int, name: str, dim: int) -> Tensor:
-    if dim != 0:
-        x = torch.cat(x.chunk(size, dim), 0)
-    return _wait(_c10d.reduce_scatter_tensor(x.contiguous(), "sum", size, name))
+    x = _to_front(x, size, dim).flatten(0, 1)
+    return _wait(_c10d.reduce_scatter_tensor(x, "sum", size, name))
 
 
 def _exchange(x: Tensor, size: int, name: str, split: int, concat: int) -> Tensor:
-    parts = torch.stack(x.chunk(size, split)).contiguous()
     counts = [1] * size
-    out = _wait(_c10d.all_to_all_single(parts, counts, counts, name))
-    return torch.cat(out.unbind(0), concat)
+    out = _wait(_c10d.all_to_all_single(_to_front(x, size, split), counts, counts, name))
+    return _from_front(out, concat)
 
 
 def _shift(x: Tensor, size: int, index: int, name: str, by: int) -> Tensor:

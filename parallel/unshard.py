@@ -14,16 +14,14 @@ Shape = tuple[int, ...]
 
 
 def _join(flat: Tensor, shape: Shape, dim: int) -> Tensor:
-    """[ranks, numel] pieces -> the whole, cut along `dim`."""
-    pieces = flat.unflatten(1, shape)
-    return pieces.flatten(0, 1) if dim == 0 else torch.cat(pieces.unbind(0), dim)
+    """[ranks, numel] pieces -> the whole, cut along `dim`. (One copy: a torch.cat would be compiled
+    to a kernel for each rank.)"""
+    return flat.unflatten(1, shape).movedim(0, dim).contiguous().flatten(dim, dim + 1)
 
 
 def _cut(whole: Tensor, ranks: int, dim: int) -> Tensor:
     """The inverse of `_join`: [ranks, numel]."""
-    if dim == 0:
-        return whole.reshape(ranks, -1)
-    return torch.stack(whole.chunk(ranks, dim)).flatten(1)
+    return whole.unflatten(dim, (ranks, -1)).movedim(dim, 0).contiguous().flatten(1)
 
 
 def _concat(parts: Sequence[Tensor], dim: int) -> Tensor:

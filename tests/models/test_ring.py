@@ -2,6 +2,7 @@
 
 import multiprocessing
 import re
+from collections.abc import Sequence
 from functools import partial
 from unittest.mock import patch
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,16 +34,29 @@ from tests.models.test_attention import (
 )
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Cases are small: threads that wait for each other would take most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def group_of(size, index):
     return Group(("cp",), size, index, "")
 
 
 def kernel_part(*args):
-    return cpu.kernel_forward_onto(cpu.kernel(), *args)
+    library = cpu.kernel()
+    assert library is not None, "these tests need a C++ compiler"
+    return cpu.kernel_forward_onto(library, *args)
 
 
 def kernel_part_backward(*args):
-    return cpu.kernel_backward_onto(cpu.kernel(), *args)
+    library = cpu.kernel()
+    assert library is not None, "these tests need a C++ compiler"
+    return cpu.kernel_backward_onto(library, *args)
 
 
 def part_by_part(part, part_backward, q, k, v, grad, starts, size, scale, window):
@@ -72,16 +87,16 @@ def part_by_part(part, part_backward, q, k, v, grad, starts, size, scale, window
     return [natural(x) for x in (outs, q_grads, k_grads, v_grads)], scores
 
 
-def natural(pieces: list[Tensor]) -> Tensor:
+def natural(pieces: Sequence[Tensor]) -> Tensor:
     """Whole rows from what the ranks hold."""
     halves = [piece.chunk(2, 1) for piece in pieces]
     return torch.cat([a for a, _ in halves] + [b for _, b in halves[::-1]], 1)
 
 
-def whole(q, k, v, grad, starts, scale, window):
-    return with_gradients(
-        partial(attention, starts=starts, scale=scale, window=window), q, k, v, grad
-    )
+def whole(inputs: Sequence[Tensor], starts, scale, window):
+    q, k, v, grad = inputs
+    ours = partial(attention, starts=starts, scale=scale, window=window)
+    return with_gradients(ours, q, k, v, grad)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -93,7 +108,7 @@ def test_parts_add_up(size, chunk, density, window):
     seq = 2 * size * chunk
     q, k, v, grad = random_inputs(2, seq, 4, 2, 16)
     starts = random_starts(2, seq, density)
-    expected = list(whole(q, k, v, grad, starts, 0.2, window))
+    expected = list(whole((q, k, v, grad), starts, 0.2, window))
     if window == 1:  # each token sees itself: true zeros, of which rounding may leave something
         expected[1:3] = torch.zeros_like(q), torch.zeros_like(k)
     for functions in ((kernel_part, kernel_part_backward), (plain_part, plain_part_backward)):
@@ -105,7 +120,7 @@ def test_parts_of_more_than_one_block_of_queries():
     for dtype in (torch.float32, torch.float64):
         q, k, v, grad = random_inputs(1, 1400, 2, 1, 32, dtype)
         starts = random_starts(1, 1400, 0.002)
-        exact = whole(*(x.double() for x in (q, k, v, grad)), starts, 0.2, None)
+        exact = whole([x.double() for x in (q, k, v, grad)], starts, 0.2, None)
         for functions in ((kernel_part, kernel_part_backward), (plain_part, plain_part_backward)):
             got, _ = part_by_part(*functions, q, k, v, grad, starts, 2, 0.2, None)
             assert_close(got, [x.to(dtype) for x in exact], TOLERANCE[dtype])
@@ -142,7 +157,7 @@ def test_one_rank_is_attention():
     starts = random_starts(2, 33, 0.1)
     ring = partial(ring_attention, starts=starts, group=Group(), scale=0.2, window=5)
     assert_close(
-        with_gradients(ring, q, k, v, grad), whole(q, k, v, grad, starts, 0.2, 5), tolerance=0
+        with_gradients(ring, q, k, v, grad), whole((q, k, v, grad), starts, 0.2, 5), tolerance=0
     )
 
 
@@ -235,20 +250,21 @@ def check_order(codes):
     assert found == SCHEDULE
 
 
-def case_of(dtype, rows, chunk, heads, kv_heads, density, window, group):
+def case_of(case, group):
     """This rank's inputs, the function to be tested, and what it must return."""
+    dtype, rows, chunk, heads, kv_heads, density, window = case
     torch.manual_seed(chunk + heads)
     seq = 2 * group.size * chunk
     inputs = random_inputs(rows, seq, heads, kv_heads, 32, dtype)
     starts = random_starts(rows, seq, density)
-    exact = whole(*(x.double() for x in inputs), starts, 0.2, window)
+    exact = whole([x.double() for x in inputs], starts, 0.2, window)
     ring = partial(ring_attention, starts=starts, group=group, scale=0.2, window=window)
     local = partial(take_local, group=group)
     return [local(x) for x in inputs], ring, [local(x).to(dtype) for x in exact]
 
 
 def check_case(case, group):
-    inputs, ring, expected = case_of(*case, group)
+    inputs, ring, expected = case_of(case, group)
     with Messages() as sent:
         assert_close(with_gradients(ring, *inputs), expected, TOLERANCE[case[0]])
     size, kv = group.size, 2 * inputs[1].numel() * inputs[1].element_size()
@@ -258,7 +274,7 @@ def check_case(case, group):
 
 
 def check_compiled(case, group):
-    inputs, ring, expected = case_of(*case, group)
+    inputs, ring, expected = case_of(case, group)
     for mode in ("none", "selective", "full"):
         block = remat(lambda q, k, v: ring(q * 2, k, v) * 3, mode, SAVED_OPS)
         scaled = [inputs[0] / 2, *inputs[1:3], inputs[3] / 3]
@@ -272,9 +288,9 @@ def check_compiled(case, group):
 
 
 def check_inductor(case, group):
-    inputs, ring, expected = case_of(*case, group)
+    inputs, ring, expected = case_of(case, group)
     compiled = torch.compile(ring, fullgraph=True, dynamic=False)
-    with torch._inductor.config.patch(force_disable_caches=True):
+    with inductor_config.patch(force_disable_caches=True):
         got, codes = run_and_get_code(with_gradients, compiled, *inputs)
     assert_close(got, expected, TOLERANCE[case[0]])
     check_order(codes)
@@ -325,7 +341,7 @@ def flash_backward(grad, q, k, v, out, lse, lengths_q, lengths_k, causal, scale)
 
 
 def check_flash(case, group):
-    inputs, ring, expected = case_of(*case, group)
+    inputs, ring, expected = case_of(case, group)
     starts = ring.keywords["starts"]
     with (
         patch.object(flash, "_flash_forward", flash_forward),

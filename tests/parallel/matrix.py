@@ -20,7 +20,7 @@ from attrs import frozen
 
 from omnistep.core import optim, param, rng
 from omnistep.core.batch import Batch
-from omnistep.core.step import TrainState, init_state, make_train_step
+from omnistep.core.step import init_state, make_train_step
 from omnistep.core.tree import Tree, leaves_with_names, tree_map
 from omnistep.models import decoder
 from omnistep.parallel.layout import Strategy, extent
@@ -127,7 +127,16 @@ def optimizer(tree: Tree) -> optim.Optimizer:
     return optim.adamw(weight_decay=0.1, decay_mask=param.decay_mask(tree))
 
 
-def train(case: Case, mesh: Mesh) -> tuple[TrainState, list[dict[str, float]], param.Layout]:
+@frozen(eq=False)
+class Trained:
+    """leaves: `gradient.*`, clipped, of the first step; `params.*`, `mu.*`, `nu.*` after all."""
+
+    leaves: dict[str, torch.Tensor]
+    metrics: list[dict[str, float]]
+    layout: param.Layout
+
+
+def train(case: Case, mesh: Mesh) -> Trained:
     cfg, dtype = MODELS[case.model], DTYPES[case.dtype]
     tree = decoder.params(cfg)
     layout = param.make_layout(tree, mesh, case.strategy, dtype, bucket=case.bucket)
@@ -141,34 +150,33 @@ def train(case: Case, mesh: Mesh) -> tuple[TrainState, list[dict[str, float]], p
         accumulate=case.accumulate,
         compile=case.compile,
     )
-    state, seen = init_state(weights, optimizer(tree), rng.key(0)), []
+    state, metrics, gradient = init_state(weights, optimizer(tree), rng.key(0)), [], {}
     for i in range(STEPS):
         batch = my_rows(global_batch(i, case.packed, dtype), mesh, case.accumulate)
-        state, metrics = step(state, batch)
-        seen.append({name: float(value) for name, value in metrics.items()})
-    return state, seen, layout
+        state, numbers = step(state, batch)
+        metrics.append({name: float(value) for name, value in numbers.items()})
+        if i == 0:  # the mean of one gradient, times 1 - b1
+            gradient = tree_map(torch.clone, state.opt_state["mu"])
+    leaves = {"params": state.params, "mu": state.opt_state["mu"], "nu": state.opt_state["nu"]}
+    return Trained(leaves_with_names({"gradient": gradient, **leaves}), metrics, layout)
 
 
 def reference(case: Case) -> dict:
     """What one rank gives; plain tensors."""
     alone = Case("", "ddp", case.model, case.packed, 1, case.dtype)
-    state, metrics, _ = train(alone, Mesh(torch.device("cpu")))
-    return {"state": leaves_with_names(trees(state)), "metrics": metrics}
-
-
-def trees(state: TrainState) -> Tree:
-    return {"params": state.params, "mu": state.opt_state["mu"], "nu": state.opt_state["nu"]}
+    trained = train(alone, Mesh(torch.device("cpu")))
+    return {"leaves": trained.leaves, "metrics": trained.metrics}
 
 
 def compare(case: Case, mesh: Mesh, wanted: dict) -> dict[str, float]:
-    """Relative errors: of every leaf of the state over all ranks, and of every metric."""
-    state, metrics, layout = train(case, mesh)
-    places = leaves_with_names(layout.places)
+    """Relative errors: of every leaf over all ranks, and of every metric."""
+    trained = train(case, mesh)
+    places = leaves_with_names(trained.layout.places)
     names, squares = [], []
-    for name, leaf in leaves_with_names(trees(state)).items():
+    for name, leaf in trained.leaves.items():
         at = places[name.split(".", 1)[1]]
         shape, offset = extent(at, mesh)
-        whole = wanted["state"][name]
+        whole = wanted["leaves"][name]
         part = whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
         local = leaf if mesh.device_mesh is None else leaf.to_local()
         assert local.shape == part.shape and leaf.shape == whole.shape
@@ -180,7 +188,7 @@ def compare(case: Case, mesh: Mesh, wanted: dict) -> dict[str, float]:
     if mesh.world.size > 1:
         dist.all_reduce(sums)
     errors = {n: math.sqrt(a / b) for n, (a, b) in zip(names, sums.tolist(), strict=True)}
-    for i, (ours, theirs) in enumerate(zip(metrics, wanted["metrics"], strict=True)):
+    for i, (ours, theirs) in enumerate(zip(trained.metrics, wanted["metrics"], strict=True)):
         for name in ("loss", "grad_norm", "weight"):
             errors[f"{name} of step {i}"] = abs(ours[name] - theirs[name]) / abs(theirs[name])
     return errors

@@ -17,7 +17,7 @@ def tokens_of(chunks):
 def test_every_token_is_held_once_and_in_order(size):
     seq = 6 * size
     held = [tokens_of(chunks_of(seq, size, index)) for index in range(size)]
-    assert sorted(sum(held, [])) == list(range(seq))
+    assert sorted(token for tokens in held for token in tokens) == list(range(seq))
     assert all(tokens == sorted(tokens) and len(tokens) == 6 for tokens in held)
     assert chunks_of(seq, size, 0)[1][1] == seq
     assert local_chunks(seq, Group(("cp",), size, size - 1)) == chunks_of(seq, size, size - 1)
