@@ -27,8 +27,8 @@ def export(
     directory: Path, model: Model, params: Tree, tokenizer: Tokenizer, layout: Layout
 ) -> None:
     """Writes what `transformers.AutoModelForCausalLM.from_pretrained(directory)` reads. Files of
-    an earlier export are replaced one by one, each by a whole one. Collective: rank 0 writes, tensor
-    by tensor, what all ranks gather."""
+    an earlier export are replaced one by one, each by a whole one. Collective: rank 0 writes what
+    all ranks gather, tensor by tensor."""
     weights = hf.export_weights(model.tree, params, layout)
     if layout.mesh.rank > 0:
         for tensor in weights.values():

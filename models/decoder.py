@@ -17,8 +17,8 @@ from torch import Tensor
 
 from omnistep.core.batch import Batch, positions, segment_starts
 from omnistep.core.compile import compile_graph
+from omnistep.core.grad import LossOutput, Stages
 from omnistep.core.param import Layout, Param, constant, normal, one_rank
-from omnistep.core.step import LossOutput, Stages
 from omnistep.core.tree import Tree
 from omnistep.models.attention import SAVED_OPS, ring_attention
 from omnistep.models.attention_cpu import start_compiling

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from omnistep.core import optim, rng
-from omnistep.core.step import LossOutput, TrainState, init_state, make_train_step
+from omnistep.core.grad import LossOutput
+from omnistep.core.step import TrainState, init_state, make_train_step
 from omnistep.core.tree import leaves_with_names, tree_map
 
 LR = 0.05

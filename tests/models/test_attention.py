@@ -218,7 +218,8 @@ def test_masked_blocks_are_not_computed():
         assert half < scores < 1.03 * half
     for length in (64, 256):
         for scores in computed_scores(index // length * length):
-            assert scores < 1.5 * seq * length / 2
+            # the diagonal's tiles are whole: 12 x 32 with AVX-512, 6 x 16 with AVX2
+            assert scores < seq * (length / 2 + 32)
     for scores in computed_scores(index * 0, window=128):
         assert scores < 1.4 * seq * 128
     padded = torch.where(index < 1024, 0, index)

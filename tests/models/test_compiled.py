@@ -5,7 +5,7 @@ import torch
 
 from omnistep.core import param, rng
 from omnistep.core.compile import compile_graph
-from omnistep.core.step import value_and_grad
+from omnistep.core.grad import value_and_grad
 from omnistep.core.tree import leaves_with_names
 from omnistep.models import decoder
 from tests.models.test_decoder import make_batch, reference

@@ -9,7 +9,7 @@ import transformers
 
 from omnistep.core import param, rng
 from omnistep.core.batch import Batch
-from omnistep.core.step import value_and_grad
+from omnistep.core.grad import value_and_grad
 from omnistep.core.tree import leaves_with_names
 from omnistep.models import decoder, hf
 from omnistep.models.layers import rope_frequencies

@@ -23,7 +23,7 @@ from omnistep.core.batch import Batch
 from omnistep.core.step import init_state, make_train_step
 from omnistep.core.tree import Tree, leaves_with_names, tree_map
 from omnistep.models import decoder
-from omnistep.parallel.layout import Strategy, extent
+from omnistep.parallel.layout import Strategy, extent, to_local
 from omnistep.parallel.mesh import Mesh, destroy_groups, make_mesh
 from omnistep.parallel.remat import Remat
 
@@ -178,8 +178,9 @@ def compare(case: Case, mesh: Mesh, wanted: dict) -> dict[str, float]:
         shape, offset = extent(at, mesh)
         whole = wanted["leaves"][name]
         part = whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
-        local = leaf if mesh.device_mesh is None else leaf.to_local()
-        assert local.shape == part.shape and leaf.shape == whole.shape
+        local = to_local(leaf)
+        assert local.shape == part.shape
+        assert leaf.shape == whole.shape
         names.append(name)
         squares.append(
             torch.stack([(local - part).double().square().sum(), part.double().square().sum()])

@@ -13,6 +13,7 @@ from tests.parallel.matrix import Case, run
 EAGER = [case for case in ALL if not case.compile]
 TOLERANCE = {"fp32": 1e-5, "fp64": 1e-10}
 
+
 @functools.cache
 def eager() -> dict[str, dict[str, float]]:
     return run(EAGER)
@@ -45,12 +46,12 @@ def test_compiled_mesh_equals_one_rank(case):
 
 HEAD = """# Every mesh against one rank
 
-Written by `python -m tests.parallel.test_matrix > docs/parity.md`; `pytest tests/parallel` holds it.
+Written by `python -m tests.parallel.test_matrix > docs/parity.md`, held by `pytest tests/parallel`.
 
 The same seed, the same global batch of 24 rows of 32 tokens, three steps of AdamW at a learning
-rate of 1e-2, on gloo ranks. The error is the largest over all leaves of the first gradient, and of
-the parameters and both moments after the last step, and over the losses and gradient norms: the norm
-of the difference over the norm of what one rank has. Held to 1e-10 in fp64. In fp32 gradients,
+rate of 1e-2, on gloo ranks. The error is the largest over all leaves of the first gradient and of
+the parameters and both moments after the last step, and over the losses and gradient norms: norm
+of the difference over norm of what one rank has. Held to 1e-10 in fp64. In fp32 gradients,
 losses and norms are held to 1e-5; what Adam's division by small second moments makes of their
 rounding is stated, not held.
 

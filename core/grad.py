@@ -1,0 +1,175 @@
+"""Losses and their gradients, summed over micro-batches: on one rank, or through a pipeline."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from attrs import frozen
+from jaxtyping import Float
+from torch import Tensor
+
+from omnistep.core.tree import Tree, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from omnistep.parallel.mesh import Mesh
+from omnistep.parallel.pipeline import Link, one_forward_one_backward
+
+
+class LossOutput(NamedTuple):
+    """What a loss returns: this rank's share of the sums over the micro-batch, so that any split of
+    a batch adds up.
+
+    The step minimises sum(total) / sum(weight) over the global batch. `metrics` are further
+    sums; they are reported divided by the same weight.
+    """
+
+    total: Float[Tensor, ""]
+    weight: Float[Tensor, ""]
+    metrics: Mapping[str, Tensor] = {}
+
+
+LossFn = Callable[[Tree, Any, Tensor], LossOutput]
+"""(params, batch, key) -> LossOutput"""
+
+
+@frozen(eq=False)
+class Stages:
+    """A loss in three parts, so that a pipeline can run them on different ranks.
+
+    Called, it is the whole loss. Its parts compile themselves (or not): the step does not.
+    """
+
+    first: Callable[[Tree, Any], Tensor]
+    """(params, batch) -> what the layers read"""
+    middle: Callable[[Tree, Tensor, Any], Tensor]
+    """(params, x, batch) -> the same shape, after this rank's layers"""
+    last: Callable[[Tree, Tensor, Any, Tensor], LossOutput]
+    """(params, x, batch, key) -> loss"""
+    carry: Callable[[Any], Tensor]
+    """batch -> a meta tensor: shape and dtype of x"""
+    metrics: tuple[str, ...] = ()
+    """Names in LossOutput.metrics."""
+
+    def __call__(self, params: Tree, batch: Any, key: Tensor) -> LossOutput:
+        x = self.middle(params, self.first(params, batch), batch)
+        return self.last(params, x, batch, key)
+
+
+Gradients = Callable[[Tree, Sequence[Any], Sequence[Tensor]], tuple[LossOutput, Tree]]
+"""(params, micro-batches, a key for each) -> (LossOutput, gradients of total), summed over them"""
+
+
+def value_and_grad(loss_fn: LossFn) -> Gradients:
+    """One micro-batch after another."""
+
+    def one(leaves: list[Tensor], structure: Any, *rest: Any) -> tuple[LossOutput, list]:
+        out = loss_fn(tree_unflatten(leaves, structure), *rest)
+        return _detach(out), _grads(out.total, leaves)
+
+    def function(params: Tree, micros: Sequence[Any], keys: Sequence[Tensor]):
+        leaves, structure = _differentiable(params)
+        sums = None, None
+        for micro, key in zip(micros, keys, strict=True):
+            sums = _add(sums, one(leaves, structure, micro, key))
+        out, grads = sums
+        assert out is not None
+        assert grads is not None
+        return out, tree_unflatten(_filled(grads, leaves), structure)
+
+    return function
+
+
+def pipelined_value_and_grad(loss: Stages, mesh: Mesh) -> Gradients:
+    """This rank's stage of a pipeline, one forward and one backward in turn (1F1B): a stage holds
+    the activations of at most as many micro-batches as there are stages after it, and its own.
+
+    Every rank returns gradients for all leaves, zero for those its stage does not use, and a
+    LossOutput that is zero but on the last stage: sums over pp are right.
+    """
+    link = Link(mesh.group("pp"))
+    stage, last = link.group.index, link.group.size - 1
+
+    def function(params: Tree, micros: Sequence[Any], keys: Sequence[Tensor]):
+        leaves, structure = _differentiable(params)
+        tree = tree_unflatten(leaves, structure)
+        sums: tuple[Any, Any] = (_no_output(loss, leaves), None)
+        held: dict[int, tuple[Tensor | None, Tensor]] = {}
+        for action, i in one_forward_one_backward(last + 1, len(micros), stage):
+            if action == "forward":
+                x = None
+                if stage == 0:
+                    y = loss.first(tree, micros[i])
+                else:
+                    x = y = link.receive(loss.carry(micros[i]), leaves[0].device).requires_grad_()
+                y = loss.middle(tree, y, micros[i])
+                if stage == last:
+                    out = loss.last(tree, y, micros[i], keys[i])
+                    y, sums = out.total, (tree_map(torch.add, sums[0], _detach(out)), sums[1])
+                else:
+                    link.send(y.detach())
+                held[i] = (x, y)
+                continue
+            x, y = held.pop(i)
+            grad = None if stage == last else link.receive_back(loss.carry(micros[i]), y.device)
+            wanted = leaves if x is None else [x, *leaves]
+            grads = _grads(y, wanted, grad)
+            if x is not None:
+                link.send_back(grads.pop(0))
+            sums = sums[0], _add_grads(sums[1], grads)
+        link.finish()
+        return sums[0], tree_unflatten(_filled(sums[1], leaves), structure)
+
+    return function
+
+
+def _differentiable(params: Tree) -> tuple[list[Tensor], Any]:
+    leaves, structure = tree_flatten(params)
+    return [leaf.detach().requires_grad_() for leaf in leaves], structure
+
+
+def _grads(y: Tensor, leaves: list[Tensor], grad: Tensor | None = None) -> list:
+    return list(torch.autograd.grad(y, leaves, grad, allow_unused=True))
+
+
+def _detach(out: LossOutput) -> LossOutput:
+    return tree_map(torch.Tensor.detach, out)
+
+
+def _add(sums: tuple[Any, Any], new: tuple[LossOutput, list]) -> tuple[LossOutput, list]:
+    out = new[0] if sums[0] is None else tree_map(torch.add, sums[0], new[0])
+    return out, _add_grads(sums[1], new[1])
+
+
+def _add_grads(sums: list | None, new: list) -> list:
+    if sums is None:
+        return new
+    both = [(s, n) for s, n in zip(sums, new, strict=True) if s is not None and n is not None]
+    if both:
+        torch._foreach_add_([s for s, _ in both], [n for _, n in both])
+    return [n if s is None else s for s, n in zip(sums, new, strict=True)]
+
+
+def _filled(grads: list, leaves: list[Tensor]) -> list[Tensor]:
+    """Zeros for leaves that the loss does not use."""
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]
+
+
+def _no_output(loss: Stages, leaves: list[Tensor]) -> LossOutput:
+    dtype = torch.float64 if leaves[0].dtype == torch.float64 else torch.float32
+    zero = torch.zeros((), dtype=dtype, device=leaves[0].device)
+    return LossOutput(zero, zero, dict.fromkeys(loss.metrics, zero))
+
+
+def pipelined_loss(loss: Stages, mesh: Mesh) -> LossFn:
+    link = Link(mesh.group("pp"))
+    stage, last = link.group.index, link.group.size - 1
+
+    def function(params: Tree, batch: Any, key: Tensor) -> LossOutput:
+        device = tree_leaves(params)[0].device
+        x = loss.first(params, batch) if stage == 0 else link.receive(loss.carry(batch), device)
+        x = loss.middle(params, x, batch)
+        if stage == last:
+            return loss.last(params, x, batch, key)
+        link.send(x)
+        link.finish()
+        return _no_output(loss, tree_leaves(params))
+
+    return function
