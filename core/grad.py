@@ -68,7 +68,8 @@ def value_and_grad(loss_fn: LossFn) -> Gradients:
         leaves, structure = _differentiable(params)
         sums = None, None
         for micro, key in zip(micros, keys, strict=True):
-            sums = _add(sums, one(leaves, structure, micro, key))
+            out, grads = one(leaves, structure, micro, key)
+            sums = _add(sums, (out, _exact(grads, len(micros))))
         out, grads = sums
         assert out is not None
         assert grads is not None
@@ -113,7 +114,7 @@ def pipelined_value_and_grad(loss: Stages, mesh: Mesh) -> Gradients:
             grads = _grads(y, wanted, grad)
             if x is not None:
                 link.send_back(grads.pop(0))
-            sums = sums[0], _add_grads(sums[1], grads)
+            sums = sums[0], _add_grads(sums[1], _exact(grads, len(micros)))
         link.finish()
         return sums[0], tree_unflatten(_filled(sums[1], leaves), structure)
 
@@ -131,6 +132,13 @@ def _grads(y: Tensor, leaves: list[Tensor], grad: Tensor | None = None) -> list:
 
 def _detach(out: LossOutput) -> LossOutput:
     return tree_map(torch.Tensor.detach, out)
+
+
+def _exact(grads: list, count: int) -> list:
+    """In half precision, sums of many would lose what each of them adds."""
+    if count == 1:
+        return grads
+    return [g.float() if g is not None and g.element_size() < 4 else g for g in grads]
 
 
 def _add(sums: tuple[Any, Any], new: tuple[LossOutput, list]) -> tuple[LossOutput, list]:

@@ -89,8 +89,9 @@ def ring(
 
     k and v travel together, a hop forward while the keys that are here are computed: size - 1
     messages. In the backward pass they travel again, and the sums of their gradients, in the dtype
-    of `part_backward`, travel with them and one hop further, home: size - 1 and size messages. A
-    rank holds its own keys, one passing block, and one that is on its way.
+    of `part_backward`, set out where they first arrive, travel with them and one hop further, home,
+    where the owner's part waits: size - 1 messages each. A rank holds its own keys, one passing
+    block, and one that is on its way.
 
     The compiler moves operators as far as their operands let it, and would wait for a message
     before computing. So `part` and `part_backward` are given, and must make operands of an opaque
@@ -146,16 +147,21 @@ class _Ring(torch.autograd.Function):
         part_backward, *ring = ctx.ring
         size = ring[0]
         q, k, v, out, lse, *seen = ctx.saved_tensors
-        q_grad, kv_grad, kv = None, None, _message(k, v, grad)
+        kv, kv_grad = _message(k, v, grad), None
+        q_grad = mine = torch.zeros(())
         for hop in range(size):
             coming = _send(kv, *ring) if hop < size - 1 else None
             in_flight = [x for x in (coming, kv_grad) if x is not None]
             of_q, of_kv = part_backward(grad, q, kv[0], kv[1], out, lse, seen[hop], in_flight)
-            q_grad = of_q if q_grad is None else q_grad + of_q
-            if kv_grad is not None:  # set out one hop ago, while these were computed
-                of_kv = _wait(kv_grad).view(of_kv.shape) + of_kv
-            kv_grad = _send(of_kv, *ring)
+            if hop == 0:
+                q_grad, mine = of_q, of_kv
+            else:
+                q_grad = q_grad + of_q
+                if kv_grad is not None:  # set out one hop ago, while these were computed
+                    of_kv = _wait(kv_grad).view(of_kv.shape) + of_kv
+                kv_grad = _send(of_kv, *ring)
             if coming is not None:
                 kv = _wait(coming).view(kv.shape)
-        k_grad, v_grad = _wait(kv_grad).view(kv.shape).to(k.dtype).unbind(0)
+        assert kv_grad is not None
+        k_grad, v_grad = (_wait(kv_grad).view(kv.shape) + mine).to(k.dtype).unbind(0)
         return (*[None] * 5, q_grad.to(q.dtype), k_grad, v_grad, *[None] * size)  # pyright: ignore
