@@ -106,15 +106,14 @@ def _rest_dimension(
 ) -> int | None:
     """The first dimension that is whole in use and divides. A vector stays whole: it would save
     little memory and cost messages in every layer instead of one a step."""
-    inner = [i for i, axis in enumerate(axes) if axis != "layers"]
-    if gather.size == 1 or len(inner) == 1:
+    is_vector = len([axis for axis in axes if axis not in ("layers", "head_dim")]) <= 1
+    if gather.size == 1 or is_vector:
         return None
-    free = [i for i in inner if compute[i] is None]
+    free = [i for i, axis in enumerate(axes) if axis != "layers" and compute[i] is None]
+    free.sort(key=lambda i: axes[i] == "head_dim")  # last: files hold heads x head_dim as one
     for i in free:
         if shape[i] % gather.size == 0:
             return i
-    if sum(shape[i] > 1 for i in inner) <= 1 or axes[-1] == "head_dim":
-        return None
     raise MeshError(
         f"{name} {dict(zip(axes, shape, strict=True))} is to be cut over {gather.size} ranks "
         f"({' x '.join(gather.axes)}), but none of {', '.join(axes[i] for i in free)} divides by "

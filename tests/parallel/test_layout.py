@@ -1,0 +1,139 @@
+"""Where parameters lie: the rules, the errors, and that no rank makes or reads more than its part."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from omnistep.core import param, rng
+from omnistep.core.tree import leaves_with_names
+from omnistep.models import decoder, hf
+from omnistep.parallel.layout import Place, extent, place
+from omnistep.parallel.mesh import Group, Mesh, MeshError, destroy_groups, make_mesh
+
+CFG = decoder.Config(
+    vocab=128, embed=64, layers=4, heads=8, kv_heads=4, head_dim=16, mlp=96, qk_norm=True
+)
+
+
+@pytest.fixture
+def fake_mesh():
+    """make_mesh for a rank of as many ranks as the sizes say, without the others."""
+
+    def make(rank: int = 0, **sizes: int) -> Mesh:
+        world = math.prod(sizes.values())
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+        return make_mesh(sizes, torch.device("cpu"))
+
+    yield make
+    destroy_groups()
+
+
+def places(mesh: Mesh, strategy) -> dict[str, Place]:
+    layout = param.make_layout(decoder.params(CFG), mesh, strategy, torch.float32)
+    return leaves_with_names(layout.places)
+
+
+def test_ranks_are_numbered_with_tp_fastest(fake_mesh):
+    mesh = fake_mesh(rank=13, pp=2, dp_shard=2, ulysses=2, tp=2)
+    indices = [mesh.index(axis) for axis in ("pp", "dp_shard", "ulysses", "tp")]
+    assert indices == [1, 1, 0, 1]
+    assert mesh.group("tp", "dp_shard").index == 3
+    assert mesh.group("cp").size == 1
+    assert mesh.world.size == 16
+
+
+def test_sizes_must_multiply_to_the_ranks():
+    with pytest.raises(MeshError, match="dp_shard 2 x tp 2 is 4 ranks, but 1 are running"):
+        make_mesh({"dp_shard": 2, "tp": 2}, torch.device("cpu"))
+    with pytest.raises(ValueError, match="the mesh has no axis 'dp'"):
+        Mesh(torch.device("cpu")).size("dp")
+
+
+def test_what_each_strategy_cuts(fake_mesh):
+    mesh = fake_mesh(dp_replicate=2, dp_shard=2, tp=2)
+    ddp, zero3 = places(mesh, "ddp")["layers.q"], places(mesh, "zero3")["layers.q"]
+    assert ddp.cuts() == {"tp": 1}
+    assert ddp.reduce.axes == ("dp_replicate", "dp_shard")
+    assert zero3.cuts() == {"tp": 1, "dp_shard": 2}
+    assert zero3.reduce.axes == ("dp_replicate",)
+    assert zero3.inside
+    assert not places(mesh, "zero1")["layers.q"].inside
+    assert extent(zero3, mesh) == ((4, 4, 16, 32), (0, 0, 0, 0))
+    norm = places(mesh, "zero3")["layers.attn_norm"]
+    assert norm.cuts() == {}
+    assert norm.reduce.axes == ("dp_replicate", "dp_shard", "tp")  # tp's ranks have other tokens
+
+
+def test_stages_share_what_no_layer_owns(fake_mesh):
+    mesh = fake_mesh(pp=2, dp_shard=2)
+    embed = places(mesh, "zero3")["embed"]
+    assert embed.cuts() == {"pp": 0, "dp_shard": 0}
+    assert not embed.inside  # gathered for all stages at once
+    assert places(mesh, "zero3")["layers.up"].cuts() == {"pp": 0, "dp_shard": 1}
+
+
+def test_errors_name_the_parameter_and_what_would_do(fake_mesh):
+    mesh = fake_mesh(tp=3)
+    with pytest.raises(
+        MeshError, match=r"embed has 128 vocab, which tp = 3 ranks .*; tp may be 1, 2, 4, 8"
+    ):
+        places(mesh, "ddp")
+    shape, axes = (4, 10, 6), ("layers", "mlp", "embed")
+    mesh = Mesh(torch.device("cpu"), {"dp_shard": 4}, 0, {("dp_shard",): Group(("dp_shard",), 4)})
+    with pytest.raises(MeshError, match=r"up .*cut over 4 ranks.*none of mlp, embed divides by 4"):
+        place("up", shape, axes, mesh, "zero3")
+
+
+def test_a_vector_stays_whole(fake_mesh):
+    mesh = fake_mesh(dp_shard=32)
+    assert places(mesh, "zero3")["layers.q_norm"].cuts() == {}
+    assert places(mesh, "zero3")["layers.q_norm"].reduce.size == 32
+
+
+def test_heads_that_ulysses_cannot_share(fake_mesh):
+    mesh = fake_mesh(ulysses=3)
+    with pytest.raises(MeshError, match="8 attention heads.*ulysses may be 1, 2, 4, 8"):
+        decoder.check_mesh(CFG, mesh)
+
+
+@pytest.mark.parametrize("sizes", [{"dp_shard": 4, "tp": 2}, {"pp": 2, "tp": 2, "dp_shard": 2}])
+def test_a_rank_makes_and_reads_only_its_pieces(sizes, fake_mesh):
+    """init_device meta, and model_path: piece by piece, equal to the whole's."""
+    tree, key, cpu = decoder.params(CFG), rng.key(0), torch.device("cpu")
+    whole = param.initialize(tree, key, torch.float32, cpu)
+    tensors = {name: t.read() for name, t in hf.export_weights(tree, whole).items()}
+    mesh = fake_mesh(rank=5, **sizes)
+    layout = param.make_layout(tree, mesh, "zero3", torch.float32)
+    made, read = [], []
+
+    def watched(p: param.Param) -> param.Param:
+        def init(key, shape, dtype, block):
+            made.append(math.prod(block.shape))
+            return p.init(key, shape, dtype, block)
+
+        return param.Param(p.shape, p.axes, init, p.decay)
+
+    class Watched(hf.InMemory):
+        def read(self, name, slices):
+            piece = super().read(name, slices)
+            read.append(piece.numel())
+            return piece
+
+    spied = param.tree_map(watched, tree, is_leaf=param.is_param)
+    ours = leaves_with_names(param.initialize(spied, key, torch.float32, cpu, layout))
+    source = Watched(tensors)
+    imported = leaves_with_names(hf.import_weights(tree, source, torch.float32, cpu, layout))
+    at = leaves_with_names(layout.places)
+    for name, leaf in leaves_with_names(whole).items():
+        shape, offset = extent(at[name], mesh)
+        part = leaf[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+        assert torch.equal(ours[name].to_local(), part), name
+        assert torch.equal(imported[name].to_local(), part), name
+    vectors = sum(leaf.numel() for name, leaf in leaves_with_names(whole).items() if "norm" in name)
+    share = (param.count(tree) - vectors) / 8 + vectors
+    assert sum(made) <= share
+    assert sum(read) <= share
+    assert max(made) == max(leaf.numel() for leaf in leaves_with_names(whole).values()) / 8
