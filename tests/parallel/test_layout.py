@@ -57,7 +57,7 @@ def test_what_each_strategy_cuts(fake_mesh):
     ddp, zero3 = places(mesh, "ddp")["layers.q"], places(mesh, "zero3")["layers.q"]
     assert ddp.cuts() == {"tp": 1}
     assert ddp.reduce.axes == ("dp_replicate", "dp_shard")
-    assert zero3.cuts() == {"tp": 1, "dp_shard": 2}
+    assert zero3.cuts() == {"tp": 1, "dp_shard": 3}
     assert zero3.reduce.axes == ("dp_replicate",)
     assert zero3.inside
     assert not places(mesh, "zero1")["layers.q"].inside
