@@ -147,21 +147,21 @@ class _Ring(torch.autograd.Function):
         part_backward, *ring = ctx.ring
         size = ring[0]
         q, k, v, out, lse, *seen = ctx.saved_tensors
-        kv, kv_grad = _message(k, v, grad), None
-        q_grad = mine = torch.zeros(())
+        q_grad, mine, kv_grad, kv = None, None, None, _message(k, v, grad)
         for hop in range(size):
             coming = _send(kv, *ring) if hop < size - 1 else None
             in_flight = [x for x in (coming, kv_grad) if x is not None]
             of_q, of_kv = part_backward(grad, q, kv[0], kv[1], out, lse, seen[hop], in_flight)
+            q_grad = of_q if q_grad is None else q_grad + of_q
+            if kv_grad is not None:  # set out one hop ago, while these were computed
+                of_kv = _wait(kv_grad).view(of_kv.shape) + of_kv
             if hop == 0:
-                q_grad, mine = of_q, of_kv
+                mine = of_kv
             else:
-                q_grad = q_grad + of_q
-                if kv_grad is not None:  # set out one hop ago, while these were computed
-                    of_kv = _wait(kv_grad).view(of_kv.shape) + of_kv
                 kv_grad = _send(of_kv, *ring)
             if coming is not None:
                 kv = _wait(coming).view(kv.shape)
         assert kv_grad is not None
+        assert mine is not None
         k_grad, v_grad = (_wait(kv_grad).view(kv.shape) + mine).to(k.dtype).unbind(0)
         return (*[None] * 5, q_grad.to(q.dtype), k_grad, v_grad, *[None] * size)  # pyright: ignore

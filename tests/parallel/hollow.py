@@ -1,7 +1,7 @@
 """A whole train step without its arithmetic: what it allocates and what it sends, at any size.
 
-`hollow_kernels`: inductor compiles as ever (its graphs, its schedule, the code that allocates, sends
-and calls), but the C++ kernels that this code calls are empty, and no C++ compiler runs. What is
+`hollow_kernels`: inductor compiles as ever (its graphs, its schedule, the code that allocates,
+sends and calls), but the C++ kernels that this code calls are empty, and no C++ compiler runs. What is
 sent and allocated does not depend on numbers, so both are exactly those of the real step.
 
 `Ledger`: tensors without memory (torch's FakeTensorMode), and a book of every buffer that lives and
@@ -37,7 +37,7 @@ _KINDS: dict[str, Kind] = {
 @contextmanager
 def hollow_kernels() -> Iterator[None]:
     """What is compiled inside must not be called outside, nor the other way round."""
-    guards = torch._C._dynamo.guards
+    guards: Any = torch._C._dynamo.guards  # pyright: ignore
 
     def reinterpret(x: Tensor, shape: Any, stride: Any, offset: int = 0) -> Tensor:
         return torch.as_strided(x, shape, stride, x.storage_offset() + offset)

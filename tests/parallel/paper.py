@@ -25,7 +25,9 @@ Activations, for each micro-batch, forward; the backward pass sends the transpos
              sequence and scatters partial sums twice; the head gathers it. The softmax needs the
              maximum, then two sums of each token: two all-reduces for every chunk of logits
     ulysses  each layer exchanges queries, keys and values in one message, and its output. Fewer
-             key/value heads than ranks: every rank gets one that it needs, so each is sent to several
+             key/value heads than ranks: every rank gets one that it needs, each goes to several
+    cp       keys and values go round the ring, C - 1 hops; backward they go round again, and the
+             sums of their gradients (fp32) one hop behind, home: two times C - 1
     pp       each stage sends its output to the next; its gradient comes back
 
 Recomputation of whole blocks ("full") sends a layer's forward messages again, but for the last
@@ -173,6 +175,12 @@ def _activations(s: Setting, traffic: Traffic, stage: int) -> None:
         _add(
             s, traffic, "all_to_all", ("ulysses",), tokens * width * cfg.head_dim, s.compute, count
         )
+
+    # what ulysses has exchanged: all tokens of a rank of cp, and a share of the heads
+    block = 2 * tokens * sent * cfg.head_dim
+    hops = s.size("cp") - 1
+    _add(s, traffic, "permute", ("cp",), block, s.compute, hops * (2 * layers + again))
+    _add(s, traffic, "permute", ("cp",), block, _wide(s.compute), hops * layers)
 
     if not last:
         _add(s, traffic, "send", ("pp",), mine, s.compute, s.accumulate)

@@ -1,0 +1,99 @@
+"""What a compiled step sends is what paper asks for, message by message: no more, no less.
+
+`python -m tests.parallel.test_traffic > docs/communication.md` writes the table.
+"""
+
+from collections.abc import Iterator
+
+import attrs
+import pytest
+import torch
+
+from omnistep.models import decoder
+from omnistep.parallel.traffic import Traffic, totals
+from tests.parallel.counting import traffic_of
+from tests.parallel.hollow import hollow_kernels
+from tests.parallel.paper import Setting, minimum
+
+LLAMA = decoder.Config(vocab=64, embed=32, layers=4, heads=8, kv_heads=4, head_dim=4, mlp=64)
+QWEN = attrs.evolve(LLAMA, tied=True, qk_norm=True)
+BF16 = torch.bfloat16
+
+SETTINGS = {
+    "ddp": Setting(QWEN, {"dp_replicate": 2}, "ddp", accumulate=2),
+    "ZeRO-1": Setting(QWEN, {"dp_shard": 2}, "zero1", accumulate=2),
+    "ZeRO-2": Setting(QWEN, {"dp_shard": 2}, "zero2", accumulate=2),
+    "ZeRO-3": Setting(LLAMA, {"dp_shard": 2}, accumulate=2),
+    "ZeRO-3, selective, bf16": Setting(LLAMA, {"dp_shard": 4}, mode="selective", compute=BF16),
+    "ZeRO-3, full": Setting(QWEN, {"dp_shard": 2}, mode="full"),
+    "fsdp1": Setting(QWEN, {"dp_shard": 2}, bucket=True),
+    "HSDP": Setting(LLAMA, {"dp_replicate": 2, "dp_shard": 2}),
+    "tp": Setting(LLAMA, {"tp": 2}, "ddp"),
+    "tp, selective, bf16": Setting(QWEN, {"tp": 2}, "ddp", mode="selective", compute=BF16),
+    "tp, full": Setting(LLAMA, {"tp": 4}, "ddp", mode="full"),
+    "ulysses": Setting(QWEN, {"ulysses": 2}, "ddp"),
+    "ulysses 8, fewer kv heads": Setting(LLAMA, {"ulysses": 8}, "ddp", mode="full"),
+    "cp": Setting(QWEN, {"cp": 2}, "ddp"),
+    "cp 4, bf16": Setting(LLAMA, {"cp": 4}, "ddp", compute=BF16),
+    "pp": Setting(LLAMA, {"pp": 2}, "ddp", accumulate=3),
+    "pp x ZeRO-3": Setting(QWEN, {"pp": 2, "dp_shard": 2}, accumulate=2),
+    "ZeRO-3 x ulysses x tp": Setting(LLAMA, {"dp_shard": 2, "ulysses": 2, "tp": 2}, compute=BF16),
+    "ZeRO-2 x cp x tp": Setting(QWEN, {"dp_shard": 2, "cp": 2, "tp": 2}, "zero2"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _hollow() -> Iterator[None]:
+    with hollow_kernels():
+        yield
+
+
+def traffic(setting: Setting) -> Traffic:
+    """Compiled; with cp eager, as attention's real kernel would read what empty ones left."""
+    return traffic_of(setting, compile=setting.size("cp") == 1)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_is_sent_is_the_minimum(name):
+    setting = SETTINGS[name]
+    ran, paper = traffic(setting), minimum(setting)
+    assert not ran - paper, "sent, and not needed"
+    assert not paper - ran, "needed, and not sent"
+
+
+def test_one_rank_sends_nothing():
+    assert traffic_of(Setting(QWEN, {"dp_shard": 1, "tp": 1})) == {}
+
+
+HEAD = """# What is sent in a step
+
+Written by `python -m tests.parallel.test_traffic > docs/communication.md`; `pytest tests/parallel`
+holds every message to the minimum worked out in `tests/parallel/paper.py`: kind, ranks, size and
+dtype. Counted at the process group in a compiled step (with cp: an eager one) of a decoder of 4 layers, width 32, 8 heads
+and 4 key/value heads of 4, vocabulary 64, with micro-batches of 2 x 16 tokens. Bytes are those that
+leave rank 0 when large messages go round a ring.
+
+| what | mesh | over | messages a step | bytes a step | paper |
+| --- | --- | --- | --- | --- | --- |
+"""
+
+
+def main() -> None:
+    print(HEAD, end="")
+    with hollow_kernels():
+        for name, setting in SETTINGS.items():
+            rows(name, setting, traffic(setting), minimum(setting))
+
+
+def rows(name: str, setting: Setting, ran: Traffic, paper: Traffic) -> None:
+    mesh = " x ".join(f"{axis} {size}" for axis, size in setting.sizes.items())
+    paper_totals = totals(paper)
+    for (axes, kind), total in totals(ran).items():
+        wanted = paper_totals.get((axes, kind))
+        same = "equal" if wanted == total else f"{wanted}"
+        over = f"{kind} over {', '.join(axes)}"
+        print(f"| {name} | {mesh} | {over} | {total.messages} | {total.bytes:.0f} | {same} |")
+
+
+if __name__ == "__main__":
+    main()
