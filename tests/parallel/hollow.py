@@ -1,8 +1,8 @@
 """A whole train step without its arithmetic: what it allocates and what it sends, at any size.
 
 `hollow_kernels`: inductor compiles as ever (its graphs, its schedule, the code that allocates,
-sends and calls), but the C++ kernels that this code calls are empty, and no C++ compiler runs. What is
-sent and allocated does not depend on numbers, so both are exactly those of the real step.
+sends and calls), but the C++ kernels that this code calls are empty, and no C++ compiler runs. What
+is sent and allocated does not depend on numbers, so both are exactly those of the real step.
 
 `Ledger`: tensors without memory (torch's FakeTensorMode), and a book of every buffer that lives and
 every message that leaves. With both, the compiled step of a 70B model on one of 1,024 ranks runs

@@ -1,4 +1,4 @@
-"""Where parameters lie: the rules, the errors, and that no rank makes or reads more than its part."""
+"""Where parameters lie: the rules, the errors, and that no rank makes or reads another's part."""
 
 import math
 
@@ -95,7 +95,7 @@ def test_a_vector_stays_whole(fake_mesh):
 
 def test_heads_that_ulysses_cannot_share(fake_mesh):
     mesh = fake_mesh(ulysses=3)
-    with pytest.raises(MeshError, match="8 attention heads.*ulysses may be 1, 2, 4, 8"):
+    with pytest.raises(MeshError, match=r"8 attention heads.*ulysses may be 1, 2, 4, 8"):
         decoder.check_mesh(CFG, mesh)
 
 

@@ -69,7 +69,8 @@ HEAD = """# What is sent in a step
 
 Written by `python -m tests.parallel.test_traffic > docs/communication.md`; `pytest tests/parallel`
 holds every message to the minimum worked out in `tests/parallel/paper.py`: kind, ranks, size and
-dtype. Counted at the process group in a compiled step (with cp: an eager one) of a decoder of 4 layers, width 32, 8 heads
+dtype. Counted at the process group in a compiled step (with cp: an eager one) of a
+decoder of 4 layers, width 32, 8 heads
 and 4 key/value heads of 4, vocabulary 64, with micro-batches of 2 x 16 tokens. Bytes are those that
 leave rank 0 when large messages go round a ring.
 
