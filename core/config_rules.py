@@ -33,10 +33,7 @@ NOT_YET: Mapping[str, tuple[Any, ...]] = {
     "model.input_encoder": ("encoder",),
     "model.output_encoder": ("decoder",),
     "model.encode_target": (False,),
-    "data.data_type": ("plaintext",),
-    "data.datasets_type": ("mapping",),
     "data.image_keys": ("images",),
-    "data.chat_template": ("default",),
     "train.enable_fsdp_offload": (False,),
     "train.enable_activation_offload": (False,),
     "train.activation_gpu_limit": (0.0,),
@@ -173,9 +170,9 @@ def _each_alone(args: Arguments) -> Iterator[Problem]:
             text = f"`{SHIPPED}` is followed by a file of the installed package, as in "
             yield Problem((name,), f"{text}{SHIPPED}data/shakespeare/train.txt")
     kind, known = args.data.datasets_type, ("mapping", "iterable")
-    if kind not in known and not re.fullmatch(r"[\w.]+:\w+", kind):
-        text = f"must be mapping, iterable or package.module:function{nearest(kind, known)}"
-        yield Problem(("data.datasets_type",), text)
+    if not re.fullmatch(r"[\w.]+:\w+|[\w.-]+", kind):
+        text = "must be mapping, iterable, package.module:function or a registered name"
+        yield Problem(("data.datasets_type",), f"{text}{nearest(kind, known)}")
     if args.train.empty_cache_steps == 0:
         yield Problem(("train.empty_cache_steps",), "must be at least 1, or -1 for never")
 

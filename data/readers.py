@@ -4,13 +4,14 @@ A reader opens its file anew for each record (microseconds) instead of keeping a
 pickles, survives a fork, and a thousand files need no thousand descriptors.
 """
 
+import csv
+import io
 import json
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import attrs
 import numpy as np
 from attrs import field, frozen
 
@@ -19,8 +20,10 @@ from omnistep.data.errors import DataError
 TEXT_BYTES = 16 * 1024
 LONGEST_TEXT_BYTES = 64 * 1024
 CHUNK_BYTES = 1 << 24
-ROW_GROUPS = 4
-"""Parquet row groups a process keeps decoded."""
+BOM = b"\xef\xbb\xbf"
+"""A byte order mark, which is no text."""
+LONGEST_RECORD = 32 << 20
+"""Bytes. Longer lines are taken for a mistake: they are not read, and named."""
 
 
 @frozen
@@ -42,7 +45,7 @@ class Reader(Protocol):
     def __getitem__(self, index: int) -> Record: ...
 
 
-def _read_bytes(path: str, start: int, stop: int) -> bytes:
+def read_bytes(path: str, start: int, stop: int) -> bytes:
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
         parts = []
@@ -62,15 +65,20 @@ def _line_number(path: str, offset: int) -> int:
     return lines
 
 
-def _decode(path: str, start: int, content: bytes, line: int | None = None) -> str:
+def decode(
+    path: str, start: int, content: bytes, line: int | None = None, name: str | None = None
+) -> str:
+    """UTF-8. `path`, `start`, `line`: the file, byte and line it begins at, for the error, where
+    the file is called `name`; without `line` it is counted."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = line or _line_number(path, start + error.start)
+        if line is None:
+            line = _line_number(path, start + error.start)
         byte = content[error.start]
         raise DataError(
-            f"{path}, line {line}: not UTF-8 (byte 0x{byte:02x} at offset {start + error.start}). "
-            "Convert the file, e.g. `iconv -f latin1 -t utf-8`"
+            f"{name or path}, line {line}: not UTF-8 (byte 0x{byte:02x} at offset "
+            f"{start + error.start}). Convert the file, e.g. `iconv -f latin1 -t utf-8`"
         ) from error
 
 
@@ -79,6 +87,8 @@ class TextFile:
     """A .txt: one document, its records are successive parts of it."""
 
     path: str
+    name: str
+    """of the file the user gave, for errors"""
     starts: np.ndarray = field(repr=False)
     """int64 [records + 1]: byte offsets, the last is the file's size."""
 
@@ -87,18 +97,24 @@ class TextFile:
 
     def __getitem__(self, index: int) -> Record:
         start, stop = int(self.starts[index]), int(self.starts[index + 1])
-        text = _decode(self.path, start, _read_bytes(self.path, start, stop))
-        return Record(text, f"{self.path}, part {index + 1}", index + 1 == len(self))
+        text = decode(self.path, start, read_bytes(self.path, start, stop), name=self.name)
+        return Record(text, f"{self.name}, part {index + 1}", index + 1 == len(self))
 
 
-def index_text(path: str, part: int = TEXT_BYTES, longest: int = LONGEST_TEXT_BYTES) -> TextFile:
+def index_text(
+    path: str,
+    name: str | None = None,
+    *,
+    part: int = TEXT_BYTES,
+    longest: int = LONGEST_TEXT_BYTES,
+) -> TextFile:
     """Cuts at the first line end after every `part` bytes; reads only around the cuts.
 
     Where no line ends within `longest` bytes, the cut is there, between two characters.
     """
     size = Path(path).stat().st_size
     with open(path, "rb", buffering=4096) as file:
-        start = 3 if file.read(3) == b"\xef\xbb\xbf" else 0  # a byte order mark is no text
+        start = len(BOM) if file.read(len(BOM)) == BOM else 0
         starts = [start] if start < size else []
         while start < size:
             # From the last byte of the smallest part, so that a line end there counts.
@@ -106,19 +122,36 @@ def index_text(path: str, part: int = TEXT_BYTES, longest: int = LONGEST_TEXT_BY
             rest = file.readline(longest - part + 1)
             start = min(start + part - 1 + len(rest), size)
             if start < size and not rest.endswith(b"\n"):
-                start -= _bytes_of_cut_character(file, start)
+                file.seek(start - 3)
+                start -= bytes_of_cut_character(file.read(4))
             starts.append(start)
-    return TextFile(path, np.array(starts or [0], np.int64))
+    return TextFile(path, name or path, np.array(starts or [0], np.int64))
 
 
-def _bytes_of_cut_character(file: Any, offset: int) -> int:
-    """How many bytes before `offset` belong to the character that goes on at `offset`."""
-    file.seek(offset - 3)
-    around = file.read(4)
-    for back in range(4):
-        if around[3 - back] & 0xC0 != 0x80:  # not a continuation byte: a character begins here
+def bytes_of_cut_character(around: bytes) -> int:
+    """How many of the bytes before the last belong to the character that goes on with it."""
+    for back, byte in enumerate(reversed(around)):
+        if byte & 0xC0 != 0x80:  # not a continuation byte: a character begins here
             return back
     return 0
+
+
+def parse_json(line: bytes, where: str, path: str, start: int, number: int) -> Record:
+    """A line of JSON. `path`, `start`, `number`: the file, byte and line it begins at."""
+    text = decode(path, start, line, number)
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON ({error}): {text[:80]!r}") from error
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise DataError(f"{where}: a JSON object is expected, this is a {kind}")
+    return Record(content, where)
+
+
+def too_long(where: str, size: int | None = None) -> DataError:
+    told = "longer than" if size is None else f"{size} bytes, more than"
+    return DataError(f"{where}: a record {told} the {LONGEST_RECORD} bytes that are allowed")
 
 
 @frozen(eq=False)
@@ -130,6 +163,10 @@ class JsonLines:
     """int64 [records + 1]: byte offsets, the last is the file's size."""
     skipped: np.ndarray = field(repr=False)
     """int64: for each empty line, the number of records before it."""
+    name: str
+    """of the file the user gave, for errors"""
+    unit: str = "line"
+    """what a line is of that file"""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -137,107 +174,107 @@ class JsonLines:
     def __getitem__(self, index: int) -> Record:
         start, stop = int(self.starts[index]), int(self.starts[index + 1])
         line = index + 1 + int(np.searchsorted(self.skipped, index, side="right"))
-        where = f"{self.path}, line {line}"
-        text = _decode(self.path, start, _read_bytes(self.path, start, stop), line)
-        try:
-            content = json.loads(text)
-        except ValueError as error:
-            raise DataError(f"{where}: not JSON ({error}): {text[:80]!r}") from error
-        if not isinstance(content, dict):
-            kind = type(content).__name__
-            raise DataError(f"{where}: a JSON object is expected, this is a {kind}")
-        return Record(content, where)
+        where = f"{self.name}, {self.unit} {line}"
+        if stop - start > LONGEST_RECORD:
+            raise too_long(where, stop - start)
+        return parse_json(read_bytes(self.path, start, stop), where, self.name, start, line)
 
 
-def index_json_lines(path: str) -> JsonLines:
+def index_json_lines(path: str, name: str | None = None, unit: str = "line") -> JsonLines:
     """One pass over the file, in chunks."""
-    size = Path(path).stat().st_size
-    found, begin = [np.zeros(1, np.int64)], 0
+    starts, blank = _line_starts(path)
+    skipped = np.array(blank, np.int64) - np.arange(len(blank))
+    return JsonLines(
+        path, np.delete(starts, blank) if blank else starts, skipped, name or path, unit
+    )
+
+
+def _line_starts(path: str) -> tuple[np.ndarray, list[int]]:
+    """Where lines begin and the file ends, and which lines are blank."""
+    found, begin = array("q", [0]), 0
     with open(path, "rb", buffering=0) as file:
         while part := file.read(CHUNK_BYTES):
             ends = np.flatnonzero(np.frombuffer(part, np.uint8) == ord("\n"))
-            found.append(ends + (begin + 1))
+            found.frombytes((ends + (begin + 1)).tobytes())
             begin += len(part)
-        starts = np.concatenate(found)
-        starts = starts[starts < size]
-        # A short line may be empty: only those are looked at again.
-        lengths = np.diff(starts, append=size)
-        short = np.flatnonzero(lengths <= 8).tolist()
-        blank = [
-            i for i in short if not _read_bytes(path, starts[i], starts[i] + lengths[i]).strip()
-        ]
-    skipped = np.array(blank, np.int64) - np.arange(len(blank))
-    return JsonLines(path, np.append(np.delete(starts, blank), size), skipped)
+    if found[-1] != begin:
+        found.append(begin)
+    starts = np.frombuffer(found, np.int64)
+    # A short line may be empty: only those are looked at again.
+    short = np.flatnonzero(np.diff(starts) <= 8).tolist()
+    blank = [i for i in short if not read_bytes(path, starts[i], starts[i + 1]).strip()]
+    return starts, blank
 
 
-@attrs.define(eq=False)
-class Parquet:
-    """A .parquet: a record a row, of the given columns; whole row groups are decoded and kept."""
+@frozen(eq=False)
+class Csv:
+    """A .csv: a header, then a record a row; quoted as RFC 4180 says. All values are texts."""
 
     path: str
-    columns: tuple[str, ...]
-    firsts: np.ndarray = field(repr=False)
-    """int64 [row groups + 1]: the number of rows before each group."""
-    _decoded: OrderedDict[int, Any] = field(factory=OrderedDict, init=False, repr=False)
-
-    def __getstate__(self) -> tuple[str, tuple[str, ...], np.ndarray]:
-        return self.path, self.columns, self.firsts
-
-    def __setstate__(self, state: tuple[str, tuple[str, ...], np.ndarray]) -> None:
-        self.path, self.columns, self.firsts = state
-        self._decoded = OrderedDict()
+    starts: np.ndarray = field(repr=False)
+    """int64 [records + 1]: byte offsets of the rows after the header, and the file's size."""
+    header: tuple[str, ...]
+    name: str
 
     def __len__(self) -> int:
-        return int(self.firsts[-1])
+        return len(self.starts) - 1
 
     def __getitem__(self, index: int) -> Record:
-        group = int(np.searchsorted(self.firsts, index, side="right")) - 1
-        row = index - int(self.firsts[group])
-        table = self._row_group(group)
-        content = {name: table.column(name)[row].as_py() for name in self.columns}
-        return Record(content, f"{self.path}, row {index + 1}")
-
-    def _row_group(self, group: int) -> Any:
-        if group not in self._decoded:
-            import pyarrow.parquet as pq
-
-            with pq.ParquetFile(self.path) as file:
-                # One thread: the process is one of several workers.
-                table = file.read_row_group(group, columns=list(self.columns), use_threads=False)
-            self._decoded[group] = table
-            if len(self._decoded) > ROW_GROUPS:
-                self._decoded.popitem(last=False)
-        self._decoded.move_to_end(group)
-        return self._decoded[group]
+        start, stop = int(self.starts[index]), int(self.starts[index + 1])
+        where = f"{self.name}, row {index + 1}"
+        if stop - start > LONGEST_RECORD:
+            raise too_long(where, stop - start)
+        return parse_csv(read_bytes(self.path, start, stop), self.header, where, self.name, start)
 
 
-def index_parquet(path: str, keys: Sequence[str]) -> Parquet:
-    """Reads the footer. `keys`: the columns wanted; those the file lacks are left out."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def parse_csv(row: bytes, header: tuple[str, ...], where: str, path: str, start: int) -> Record:
+    """A row; `path`, `start`: the file and the byte it begins at."""
+    values = _csv_values(decode(path, start, row), where)
+    if len(values) != len(header):
+        raise DataError(f"{where}: {len(values)} fields, but the header has {len(header)}")
+    return Record(dict(zip(header, values, strict=True)), where)
 
+
+def csv_header(row: bytes, name: str) -> tuple[str, ...]:
+    header = tuple(_csv_values(decode(name, 0, row.removeprefix(BOM), 1), f"{name}, header"))
+    if len(set(header)) != len(header):
+        raise DataError(f"{name}: a column's name stands twice in the header {list(header)}")
+    return header
+
+
+def _csv_values(text: str, where: str) -> list[str]:
+    csv.field_size_limit(LONGEST_RECORD)
     try:
-        with pq.ParquetFile(path) as file:
-            groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-            present = file.schema_arrow.names
-    except pa.ArrowException as error:
-        raise DataError(f"{path} is not a Parquet file: {error}") from error
-    columns = tuple(key for key in keys if key in present)
-    if not columns:
-        raise DataError(
-            f"{path} has none of the columns {list(keys)} (data.text_keys); it has {present}"
-        )
-    return Parquet(path, columns, np.cumsum([0, *groups]))
+        rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+    except csv.Error as error:
+        raise DataError(f"{where}: not CSV ({error})") from error
+    return rows[0] if rows else []
 
 
-def reader_of(ending: str, keys: Sequence[str]) -> Callable[[str], Reader] | None:
-    """The function that indexes a file of this ending; None for an ending not known here."""
-    match ending:
-        case ".txt":
-            return index_text
-        case ".jsonl":
-            return index_json_lines
-        case ".parquet":
-            return lambda path: index_parquet(path, keys)
-        case _:
-            return None
+def index_csv(path: str, name: str | None = None) -> Csv:
+    """One pass over the file, in chunks: a row ends where a line ends outside of quotes."""
+    found, begin, quotes = array("q", [0]), 0, 0
+    with open(path, "rb", buffering=0) as file:
+        while part := file.read(CHUNK_BYTES):
+            bytes_ = np.frombuffer(part, np.uint8)
+            marks = np.cumsum(bytes_ == ord('"'), dtype=np.int32)
+            ends = np.flatnonzero(bytes_ == ord("\n"))
+            ends = ends[(marks[ends] + quotes) % 2 == 0]
+            found.frombytes((ends + (begin + 1)).tobytes())
+            begin, quotes = begin + len(part), quotes + int(marks[-1])
+    if found[-1] != begin:
+        found.append(begin)
+    starts = np.frombuffer(found, np.int64)
+    header = (
+        csv_header(read_bytes(path, 0, min(int(starts[1]), LONGEST_RECORD)), name or path)
+        if begin
+        else ()
+    )
+    short = np.flatnonzero(np.diff(starts) <= 2).tolist()
+    blank = [i for i in short if not read_bytes(path, starts[i], starts[i + 1]).strip()]
+    return Csv(
+        path,
+        np.delete(starts, [0, *(i for i in blank if i)]) if begin else starts,
+        header,
+        name or path,
+    )

@@ -244,7 +244,8 @@ def test_loss_mask_overrides(template, tokenizer):
         ("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "before it"),
         (
             "{% for m in messages %}{{ m.role + m.content }}"
-            "{{ '$' if loop.last and m.role == 'assistant' else '#' }}{% endfor %}{{ 'assistant' if add_generation_prompt }}",
+            "{{ '$' if loop.last and m.role == 'assistant' else '#' }}{% endfor %}"
+            "{{ 'assistant' if add_generation_prompt }}",
             "does not end with",
         ),
         ("{% generation %}{{ messages[2].content }}{% endgeneration %}", "marks 1 turns where"),

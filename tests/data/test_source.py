@@ -72,7 +72,7 @@ def test_a_text_is_its_parts(tmp_path_factory, words, joint, size):
     text = joint.join(words)
     path.write_bytes(text.encode())
     small, longest = 16 * size, 64 * size
-    file = readers.index_text(str(path), small, longest)
+    file = readers.index_text(str(path), part=small, longest=longest)
     parts = [file[i] for i in range(len(file))]
     assert "".join(str(part.content) for part in parts) == text
     assert [part.ends_document for part in parts] == [False] * (len(parts) - 1) + [True] * bool(
