@@ -7,6 +7,7 @@
 import importlib.resources
 import re
 from collections.abc import Iterator, Mapping
+from importlib.metadata import entry_points
 from typing import Any
 
 import attrs
@@ -41,6 +42,8 @@ NOT_YET: Mapping[str, tuple[Any, ...]] = {
 }
 """Arguments not every value of which is available yet, and the values that are."""
 
+DATASETS = "omnistep.datasets"
+"""The group of entry points under which an installed package registers datasets by name."""
 SHIPPED = "omnistep:"
 """How a path into the installed package begins."""
 
@@ -169,10 +172,11 @@ def _each_alone(args: Arguments) -> Iterator[Problem]:
         if argument.info.path and value and f",{SHIPPED}" in f",{value}":
             text = f"`{SHIPPED}` is followed by a file of the installed package, as in "
             yield Problem((name,), f"{text}{SHIPPED}data/shakespeare/train.txt")
-    kind, known = args.data.datasets_type, ("mapping", "iterable")
-    if not re.fullmatch(r"[\w.]+:\w+|[\w.-]+", kind):
-        text = "must be mapping, iterable, package.module:function or a registered name"
-        yield Problem(("data.datasets_type",), f"{text}{nearest(kind, known)}")
+    kind = args.data.datasets_type
+    known = ("mapping", "iterable", *(entry.name for entry in entry_points(group=DATASETS)))
+    if kind not in known and not re.fullmatch(r"[\w.]+:\w+", kind):
+        text = f"must be {', '.join(known)} or package.module:function{nearest(kind, known)}"
+        yield Problem(("data.datasets_type",), text)
     if args.train.empty_cache_steps == 0:
         yield Problem(("train.empty_cache_steps",), "must be at least 1, or -1 for never")
 

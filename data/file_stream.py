@@ -98,7 +98,7 @@ def _rows(file: BufferedReader, path: str) -> Iterator[Unread]:
             row, size, quotes = row + more, size + length, quotes + more.count(b'"')
         if header is None:
             header = csv_header(row, path)
-        elif row.strip():
+        elif row.strip(b"\r\n"):
             number += 1
             where = f"{path}, row {number}"
             if size > LONGEST_RECORD:

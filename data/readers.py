@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from attrs import field, frozen
 
+from omnistep.data.archives import open_plain
 from omnistep.data.errors import DataError
 
 TEXT_BYTES = 16 * 1024
@@ -56,9 +57,10 @@ def read_bytes(path: str, start: int, stop: int) -> bytes:
 
 
 def _line_number(path: str, offset: int) -> int:
-    """The line (from 1) the byte at `offset` is on. Reads the file up to there: for errors only."""
+    """The line (from 1) the byte at `offset` (of the plain content) is on. Reads the file up to
+    there: for errors only."""
     lines = 1
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
         while offset > 0 and (part := file.read(min(CHUNK_BYTES, offset))):
             lines += part.count(b"\n")
             offset -= len(part)
@@ -74,7 +76,7 @@ def decode(
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         if line is None:
-            line = _line_number(path, start + error.start)
+            line = _line_number(name or path, start + error.start)
         byte = content[error.start]
         raise DataError(
             f"{name or path}, line {line}: not UTF-8 (byte 0x{byte:02x} at offset "
@@ -138,7 +140,7 @@ def bytes_of_cut_character(around: bytes) -> int:
 
 def parse_json(line: bytes, where: str, path: str, start: int, number: int) -> Record:
     """A line of JSON. `path`, `start`, `number`: the file, byte and line it begins at."""
-    text = decode(path, start, line, number)
+    text = decode(path, start, line.rstrip(), number)
     try:
         content = json.loads(text)
     except ValueError as error:
@@ -182,28 +184,35 @@ class JsonLines:
 
 def index_json_lines(path: str, name: str | None = None, unit: str = "line") -> JsonLines:
     """One pass over the file, in chunks."""
-    starts, blank = _line_starts(path)
+    starts = _row_starts(path)
+    blank = _blank(path, starts, most=8)
     skipped = np.array(blank, np.int64) - np.arange(len(blank))
-    return JsonLines(
-        path, np.delete(starts, blank) if blank else starts, skipped, name or path, unit
-    )
+    return JsonLines(path, np.delete(starts, blank), skipped, name or path, unit)
 
 
-def _line_starts(path: str) -> tuple[np.ndarray, list[int]]:
-    """Where lines begin and the file ends, and which lines are blank."""
-    found, begin = array("q", [0]), 0
+def _row_starts(path: str, *, quoted: bool = False) -> np.ndarray:
+    """int64: where rows begin, and the file ends. A row ends with a line; where a field may be
+    `quoted`, only outside of quotes: after an even number of them."""
+    found, begin, quotes = array("q", [0]), 0, 0
     with open(path, "rb", buffering=0) as file:
         while part := file.read(CHUNK_BYTES):
-            ends = np.flatnonzero(np.frombuffer(part, np.uint8) == ord("\n"))
+            content = np.frombuffer(part, np.uint8)
+            ends = np.flatnonzero(content == ord("\n"))
+            if quoted:
+                marks = np.cumsum(content == ord('"'), dtype=np.int32)
+                ends = ends[(marks[ends] + quotes) % 2 == 0]
+                quotes += int(marks[-1])
             found.frombytes((ends + (begin + 1)).tobytes())
             begin += len(part)
     if found[-1] != begin:
         found.append(begin)
-    starts = np.frombuffer(found, np.int64)
-    # A short line may be empty: only those are looked at again.
-    short = np.flatnonzero(np.diff(starts) <= 8).tolist()
-    blank = [i for i in short if not read_bytes(path, starts[i], starts[i + 1]).strip()]
-    return starts, blank
+    return np.frombuffer(found, np.int64)
+
+
+def _blank(path: str, starts: np.ndarray, most: int, blanks: bytes | None = None) -> list[int]:
+    """The rows that hold nothing but `blanks`. Only those of at most `most` bytes are looked at."""
+    short = np.flatnonzero(np.diff(starts) <= most).tolist()
+    return [i for i in short if not read_bytes(path, starts[i], starts[i + 1]).strip(blanks)]
 
 
 @frozen(eq=False)
@@ -252,29 +261,11 @@ def _csv_values(text: str, where: str) -> list[str]:
 
 
 def index_csv(path: str, name: str | None = None) -> Csv:
-    """One pass over the file, in chunks: a row ends where a line ends outside of quotes."""
-    found, begin, quotes = array("q", [0]), 0, 0
-    with open(path, "rb", buffering=0) as file:
-        while part := file.read(CHUNK_BYTES):
-            bytes_ = np.frombuffer(part, np.uint8)
-            marks = np.cumsum(bytes_ == ord('"'), dtype=np.int32)
-            ends = np.flatnonzero(bytes_ == ord("\n"))
-            ends = ends[(marks[ends] + quotes) % 2 == 0]
-            found.frombytes((ends + (begin + 1)).tobytes())
-            begin, quotes = begin + len(part), quotes + int(marks[-1])
-    if found[-1] != begin:
-        found.append(begin)
-    starts = np.frombuffer(found, np.int64)
-    header = (
-        csv_header(read_bytes(path, 0, min(int(starts[1]), LONGEST_RECORD)), name or path)
-        if begin
-        else ()
-    )
-    short = np.flatnonzero(np.diff(starts) <= 2).tolist()
-    blank = [i for i in short if not read_bytes(path, starts[i], starts[i + 1]).strip()]
-    return Csv(
-        path,
-        np.delete(starts, [0, *(i for i in blank if i)]) if begin else starts,
-        header,
-        name or path,
-    )
+    """One pass over the file, in chunks. Empty lines are no records."""
+    starts = _row_starts(path, quoted=True)
+    if len(starts) == 1:
+        return Csv(path, starts, (), name or path)
+    header = read_bytes(path, 0, min(int(starts[1]), LONGEST_RECORD))
+    rows = starts[1:]
+    rows = np.delete(rows, _blank(path, rows, most=2, blanks=b"\r\n"))
+    return Csv(path, rows, csv_header(header, name or path), name or path)

@@ -13,7 +13,7 @@ import cattrs
 import yaml
 from attrs import frozen
 
-from omnistep.core.config_rules import expand_path
+from omnistep.core.config_rules import DATASETS, expand_path
 from omnistep.data.blocks import BlockRules, Reader
 from omnistep.data.chat import open_template
 from omnistep.data.errors import DataError
@@ -26,8 +26,6 @@ from omnistep.data.tokenizer import Tokenizer
 from omnistep.data.transform import Conversation, Plaintext, Transform
 
 DataType = Literal["plaintext", "conversation"]
-CUSTOM = "omnistep.datasets"
-"""The group of entry points under which an installed package registers datasets by name."""
 SHUFFLED_RECORDS, SHUFFLED_PARTS = 512, 32
 """The shuffle buffer of streams, unless it is given: in records, in 16 KiB parts of a .txt."""
 
@@ -214,13 +212,10 @@ def _custom(described: Described, tokenizer: Tokenizer, rules: BlockRules, seed:
 
 def _load(name: str) -> Any:
     """The function that a dotted path or a registered name means."""
-    registered = {entry.name: entry for entry in entry_points(group=CUSTOM)}
+    registered = {entry.name: entry for entry in entry_points(group=DATASETS)}
     if name in registered:
         return registered[name].load()
     module, _, function = name.partition(":")
-    if not function:
-        known = ("mapping", "iterable", *registered)
-        raise DataError(f"data.datasets_type {name!r} is none of {', '.join(known)}")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -228,7 +229,7 @@ def test_thoughts_and_tools():
 
 @pytest.mark.parametrize("template", ["default", "tokenizer"])
 def test_loss_mask_overrides(template, tokenizer):
-    talk = [dict(message) for message in TALK]
+    talk: list[dict[str, Any]] = [dict(message) for message in TALK]
     talk[2]["loss_mask"], talk[3]["loss_mask"], talk[4]["loss_mask"] = 0, 1, 1
     text, spans = open_template(template, tokenizer).learnt(talk)
     king, bernardo = (text[start:stop] for start, stop in spans)

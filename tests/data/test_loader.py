@@ -35,7 +35,7 @@ def test_every_piece_once_per_epoch(case):
     """The plan of two epochs of blocks: every piece of both, once."""
     samples, config = case
     loader = loader_of(samples, **config)
-    blocks = loader.reader.blocks
+    blocks = loader.reader.blocks or 0
     tasks = [Task(epoch, 0, block) for epoch in range(2) for block in range(blocks)]
     rows = [row for arrival in loader._arrivals(tasks, ()) for row in arrival.rows]
     given_ids = [(p.at[0] // blocks, p.at[1], p.at[2]) for row in rows for p in row]
@@ -68,7 +68,7 @@ def test_the_stream_of_batches(case):
     last = stream[-1][1]
     if setting.packed:
         # No piece is an epoch and the waiting time ahead of another.
-        waits = 2 + -(-8 // loader.reader.blocks)
+        waits = 2 + -(-8 // (loader.reader.blocks or 1))
         counts = [seen[number] for number in range(1, total + 1)]
         assert max(counts) - min(counts) <= waits
     elif not setting.drop_last and last.epoch > 0:
