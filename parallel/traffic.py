@@ -6,9 +6,8 @@ door through which every message leaves: those of compiled graphs, of eager code
 stages of a pipeline alike. A call of the process group that it does not know raises.
 """
 
-import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -81,7 +80,7 @@ def totals(traffic: Traffic) -> dict[tuple[tuple[str, ...], Kind], Total]:
 
 
 @contextmanager
-def counted(sizes: Mapping[str, int], rank: int = 0) -> Iterator[tuple[Mesh, list[Message]]]:
+def counted(sizes: dict[str, int], rank: int = 0) -> Iterator[tuple[Mesh, list[Message]]]:
     """A mesh on CPU of which this process is one rank, and the list of what it sends, which grows
     (clear it to start again). What should arrive from others is whatever lies in memory.
 
@@ -90,15 +89,17 @@ def counted(sizes: Mapping[str, int], rank: int = 0) -> Iterator[tuple[Mesh, lis
     """
     if dist.is_initialized():
         raise RuntimeError("messages can only be counted in a process that is not part of a job")
-    messages: list[Message] = []
     sizes = {axis: sizes[axis] for axis in AXES if axis in sizes}
+    messages: list[Message] = []
+    world = 1
+    for size in sizes.values():
+        world *= size
 
     def make(options: Any, _: Any) -> dist.ProcessGroup:
         return _Counting(options, sizes, messages)
 
     # torch keeps backends by name for the life of a process; the last one of a name wins
     dist.Backend.register_backend(_NAME, make, extended_api=True, devices=["cpu"])
-    world = math.prod(sizes.values())
     dist.init_process_group(_NAME, store=FakeStore(), rank=rank, world_size=world)
     try:
         mesh = make_mesh(sizes, torch.device("cpu"))
@@ -111,14 +112,12 @@ def counted(sizes: Mapping[str, int], rank: int = 0) -> Iterator[tuple[Mesh, lis
 _NAME = "counted"
 
 
-def axes_of(ranks: Iterable[int], sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """The axes along which ranks differ, when the last axis runs fastest."""
-    axes, ranks = [], list(ranks)
-    for axis, size in reversed(sizes.items()):
-        if len({rank % size for rank in ranks}) > 1:
-            axes.append(axis)
-        ranks = [rank // size for rank in ranks]
-    return tuple(reversed(axes))
+def axes_of(ranks: Iterable[int], sizes: dict[str, int]) -> tuple[str, ...]:
+    """The axes along which ranks differ."""
+    places = [torch.unravel_index(torch.tensor(r), tuple(sizes.values())) for r in ranks]
+    return tuple(
+        axis for i, axis in enumerate(sizes) if len({int(place[i]) for place in places}) > 1
+    )
 
 
 class _Done(dist.Work):
@@ -137,7 +136,7 @@ class _Done(dist.Work):
 class _Counting(dist.ProcessGroup):
     """torch calls the methods by these names; it raises for those that are not here."""
 
-    def __init__(self, options: Any, sizes: Mapping[str, int], messages: list[Message]):
+    def __init__(self, options: Any, sizes: dict[str, int], messages: list[Message]):
         super().__init__(options.group_rank, options.group_size)
         members = list(options.global_ranks_in_group) or list(range(options.group_size))
         self._axes, self._size, self._messages = axes_of(members, sizes), len(members), messages

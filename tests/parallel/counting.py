@@ -1,7 +1,8 @@
-"""One step on one of many pretended ranks: what it sends, what it holds."""
+"""One step on one of many ranks, pretended or real: what it sends, what it holds."""
 
-import time
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import attrs
 import torch
@@ -9,9 +10,11 @@ from attrs import frozen
 
 from omnistep.core import optim, param, rng
 from omnistep.core.batch import Batch
-from omnistep.core.grad import Stages
-from omnistep.core.step import TrainState, init_state, make_train_step
+from omnistep.core.grad import LossOutput
+from omnistep.core.step import init_state, make_train_step
+from omnistep.core.tree import tree_leaves
 from omnistep.models import decoder
+from omnistep.parallel.layout import to_local
 from omnistep.parallel.mesh import Mesh
 from omnistep.parallel.traffic import Traffic, counted
 from tests.parallel.hollow import Ledger, Memory, hollow_kernels
@@ -25,100 +28,66 @@ def batch_of(s: Setting) -> Batch:
     return Batch(tokens, tokens, torch.ones(shape), positions=positions)
 
 
-def make_state(s: Setting, mesh: Mesh) -> TrainState:
+def make_step(
+    s: Setting, mesh: Mesh, *, compile: bool = True, at_loss: Callable[[], Any] = lambda: None
+):
+    """(step, state, batch). at_loss is called between the layers and the loss."""
     tree = decoder.params(s.cfg)
     layout = param.make_layout(tree, mesh, s.strategy, s.compute, bucket=s.bucket)
     weights = param.initialize(tree, rng.key(0), s.weights, torch.device("cpu"), layout)
-    return init_state(weights, optim.adamw(), rng.key(1))
-
-
-def make_step(s: Setting, mesh: Mesh, *, compile: bool = True, marks: "Marks | None" = None):
-    layout = param.make_layout(
-        decoder.params(s.cfg), mesh, s.strategy, s.compute, bucket=s.bucket
-    )
+    optimizer = optim.adamw()
     stages = decoder.make_stages(s.cfg, layout, mode=s.mode, compile=compile)
-    return make_train_step(
-        stages if marks is None else marks.around(stages),
-        optim.adamw(),
+
+    def last(*args: Any) -> LossOutput:
+        at_loss()
+        return stages.last(*args)
+
+    step = make_train_step(
+        attrs.evolve(stages, last=last),
+        optimizer,
         lambda step: torch.full((), 1e-3),
         layout=layout,
         accumulate=s.accumulate,
         compile=compile,
     )
+    return step, init_state(weights, optimizer, rng.key(1)), batch_of(s)
 
 
-@frozen
-class Marks:
-    """Notes the memory before and after the loss: what a forward pass keeps, and the peaks of the
-    parts of a step. (On one stage; of the last micro-batch.)"""
-
-    memory: Memory
-    seen: dict[str, int] = attrs.field(factory=dict)
-
-    def around(self, stages: Stages) -> Stages:
-        def last(*args):
-            self.seen["kept"] = self.memory.live
-            self.seen["layers forward"] = self.memory.restart()
-            out = stages.last(*args)
-            self.seen["embedding and loss"] = self.memory.restart()
-            return out
-
-        return attrs.evolve(stages, last=last)
-
-
-@frozen
-class Footprint:
-    """Of one step on one rank, in bytes."""
-
-    state: int
-    """Weights, moments, and a few scalars."""
-    kept: int
-    """What the forward pass of the layers leaves for the backward pass."""
-    peaks: dict[str, int]
-    """Of each part of the step, with the state."""
-    traffic: Traffic
-    compiling: float
-    """Seconds; of the first step."""
-    stepping: float
-
-    @property
-    def peak(self) -> int:
-        return max(self.peaks.values())
-
-
-def measure(s: Setting, mesh: Mesh, memory: Memory) -> tuple[int, Marks, dict[str, int], list]:
-    """(bytes of the state, marks, peaks, seconds) of the second step; the first one compiles."""
-    marks = Marks(memory)
-    step, batch = make_step(s, mesh, marks=marks), batch_of(s)
-    before = memory.live
-    state, seconds = make_state(s, mesh), []
-    held = memory.live - before
-    for _ in range(2):
-        begin = time.perf_counter()
-        marks.seen.clear()
-        memory.restart()
-        state, _ = step(state, batch)
-        seconds.append(time.perf_counter() - begin)
-    peaks = {name: peak for name, peak in marks.seen.items() if name != "kept"}
-    peaks["backward and update"] = memory.restart()
-    return held, marks, {name: peak - before for name, peak in peaks.items()}, seconds
-
-
-def footprint(s: Setting, rank: int = 0) -> Footprint:
-    """Of the compiled step, without its arithmetic and without memory."""
-    with counted(dict(s.sizes), rank) as (mesh, messages), hollow_kernels(), Ledger(mesh) as ledger:
-        state, marks, peaks, seconds = measure(s, mesh, ledger.memory)
-        traffic = ledger.traffic + Counter(messages)
-    assert all(count % 2 == 0 for count in traffic.values()), "two steps do not send the same"
-    traffic = Counter({message: count // 2 for message, count in traffic.items()})
-    kept = marks.seen.get("kept", state) - state
-    return Footprint(state, kept, peaks, traffic, *seconds)
-
-
-def eager_traffic(s: Setting, rank: int = 0) -> Traffic:
-    """The messages of one step that is not compiled, with its arithmetic."""
+def traffic_of(s: Setting, rank: int = 0, *, compile: bool = True) -> Traffic:
+    """The messages of one compiled step on `rank`."""
     with counted(dict(s.sizes), rank) as (mesh, messages):
-        step, state, batch = make_step(s, mesh, compile=False), make_state(s, mesh), batch_of(s)
+        step, state, batch = make_step(s, mesh, compile=compile)
         assert not messages, "nothing is sent before the first step"
         step(state, batch)
         return Counter(messages)
+
+
+@frozen
+class Held:
+    """By one rank, in bytes, without the batch."""
+
+    state: int
+    kept: int
+    """What the layers' forward pass leaves for the backward pass."""
+    peak: int
+    """The most at one time, the state included."""
+
+
+def held(s: Setting, mesh: Mesh, memory: Memory, traffic: Traffic | None = None) -> Held:
+    """In the second step: the first one compiles. traffic: left with what that step sends."""
+    at_loss: list[int] = []
+    step, state, batch = make_step(s, mesh, at_loss=lambda: at_loss.append(memory.live))
+    state = step(state, batch)[0]
+    own = sum(to_local(x).nbytes for x in tree_leaves(state))
+    before = memory.live
+    memory.restart()
+    if traffic is not None:
+        traffic.clear()
+    step(state, batch)
+    return Held(own, at_loss[-1] - before, memory.peak - before + own)
+
+
+def pretended(s: Setting, rank: int = 0) -> tuple[Held, Traffic]:
+    """Of a compiled step on `rank`, without arithmetic and without memory."""
+    with counted(dict(s.sizes), rank) as (mesh, _), hollow_kernels(), Ledger(mesh) as ledger:
+        return held(s, mesh, ledger.memory, ledger.traffic), ledger.traffic

@@ -5,6 +5,7 @@
 
 import functools
 import math
+from typing import get_args
 
 import attrs
 import pytest
@@ -12,35 +13,38 @@ import torch
 
 from omnistep.models import decoder
 from omnistep.parallel.layout import Strategy
+from omnistep.parallel.remat import Remat
+from tests.benchmarks import mesh_1024
 from tests.benchmarks.mesh_memory import MODEL, measured, peak_bytes, setting, state_bytes
-from tests.parallel.counting import Footprint, footprint
+from tests.parallel.counting import Held, pretended
+from tests.parallel.paper import minimum
 
-MODES = ["none", "selective", "full"]
+MODES = get_args(Remat)
+LEAST = {"none": 0.99, "selective": 0.85, "full": 0.95}
+"""The peak's share of the formula. The compiler gathers a weight as late as it can: with selective
+not all of an MLP's are whole at once."""
 
 
 @functools.cache
-def found(ranks, mode, strategy: Strategy = "zero3", compute=torch.float32) -> Footprint:
-    return footprint(attrs.evolve(setting(ranks, mode, compute), strategy=strategy))
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 8, 64])
-def test_state_is_shared_by_all_ranks(ranks):
-    assert found(ranks, "full").state == state_bytes(setting(ranks, "full"))
+def found(ranks, mode, strategy: Strategy = "zero3", compute=torch.float32) -> Held:
+    return pretended(attrs.evolve(setting(ranks, mode, compute), strategy=strategy))[0]
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("ranks", [2, 8])
-def test_peak_is_what_was_computed(mode, ranks):
-    """At most a fifth of the formula is room for what it leaves out."""
-    formula = peak_bytes(setting(ranks, mode), found(1, mode).kept, found(1, "none").kept)
-    assert 0.8 * formula <= found(ranks, mode).peak <= formula
+@pytest.mark.parametrize("ranks", [1, 2, 8, 64, 1024])
+def test_state_and_peak_are_those_computed(mode, ranks):
+    s, held = setting(ranks, mode), found(ranks, mode)
+    formula = peak_bytes(s, found(1, mode).kept, found(1, "none").kept)
+    assert held.state == state_bytes(s)
+    assert LEAST[mode] * formula <= held.peak <= formula + 64
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_measured_on_running_ranks(ranks):
-    """What the pretended rank holds is what a real one does."""
-    for peak in measured(ranks, "none"):
-        assert math.isclose(peak, found(ranks, "none").peak, rel_tol=0.02)
+    """As predicted. Not to the byte: gloo's thread may still hold a message that has arrived."""
+    for held in measured(ranks, "none"):
+        assert held.state == found(ranks, "none").state
+        assert math.isclose(held.peak, found(ranks, "none").peak, rel_tol=0.02)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -53,9 +57,17 @@ def test_zero3_drops_and_zero2_keeps_gathered_weights(mode):
     assert found(2, mode, "zero2").kept == found(1, mode).kept + weights
 
 
-@pytest.mark.parametrize("mode", ["none", "full"])
-def test_nor_are_casts_of_weights_kept(mode):
+def test_nor_are_casts_of_weights_kept():
     """What a layer keeps in bf16 does not depend on the size of this rank's pieces."""
-    kept = {found(ranks, mode, compute=torch.bfloat16).kept for ranks in (2, 8)}
+    kept = {found(ranks, "none", compute=torch.bfloat16).kept for ranks in (2, 8)}
     assert len(kept) == 1
-    assert kept.pop() < found(1, mode).kept
+    assert kept.pop() < found(1, "none").kept
+
+
+def test_products_of_axes():
+    """mesh_1024's step, small."""
+    cfg = decoder.Config(vocab=256, embed=64, layers=2, heads=16, kv_heads=8, head_dim=8, mlp=128)
+    s = mesh_1024.setting(cfg, "full", {"dp_shard": 4, "ulysses": 2, "tp": 8}, seq=64)
+    held, traffic = pretended(s)
+    assert held.state == state_bytes(s)
+    assert traffic == minimum(s)
