@@ -124,9 +124,10 @@ Written by `python -m tests.benchmarks.mesh_memory > docs/memory.md`; `pytest te
 it to the formula (`peak_bytes` in that file). MB per rank, ZeRO-3, fp32, AdamW, a decoder of
 {count:.1f} M parameters in {layers} layers, one row of 64 tokens on every rank.
 
-State: weights and moments. Kept: what the layers leave for the backward pass. Peak: the largest sum of tensors that live at one time
-in a compiled step; measured on ranks that run (the most of them; what gloo copies for itself is not
-among them), predicted on one of pretended ranks, which compiles the same and computes nothing.
+State: weights and moments. Kept: what the layers leave for the backward pass. Peak: the largest sum
+of tensors that live at one time in a compiled step; measured on ranks that run (the most of them;
+what gloo copies for itself is not among them), predicted on one of pretended ranks, which compiles
+the same and computes nothing.
 
 | recomputation | ranks | state | kept | peak: formula | predicted | measured |
 | --- | --- | --- | --- | --- | --- | --- |
