@@ -4,6 +4,7 @@ import itertools
 import json
 from collections import Counter
 from functools import partial
+from typing import Any
 
 import attrs
 import numpy as np
@@ -160,7 +161,8 @@ BARE = {name: value for name, value in PACKED.items() if name != "block_samples"
 def test_an_evaluation_is_the_same_on_more_ranks():
     """Also of a stream, in padded and packed rows."""
     files = (LENGTHS[:30], LENGTHS[30:31], LENGTHS[31:])
-    for config in (BARE, {"max_seq_len": 16, "micro_batch_size": 4}):
+    padded: dict[str, Any] = {"max_seq_len": 16, "micro_batch_size": 4}
+    for config in (BARE, padded):
         whole = list(stream_of(MadeFiles(files), **config).eval_batches())
         numbers = [n for batch in whole for n in check_rows(batch, 64)]
         assert sorted(numbers) == list(range(1, 181))
