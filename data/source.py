@@ -2,20 +2,21 @@
 
 import glob
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
 from attrs import field, frozen
 
+from omnistep.data.cache import CODECS
 from omnistep.data.errors import DataError
-from omnistep.data.readers import Reader, Record, TextFile, reader_of
+from omnistep.data.formats import ENDINGS, ending_of, index_file, stream_file
+from omnistep.data.readers import Reader, Record, Unread
+from omnistep.data.text_file import TextFile
 
-ENDINGS = (".txt", ".jsonl", ".parquet")
-LATER_ENDINGS = (".json", ".csv", ".arrow", ".gz", ".zst")
-"""Formats of the contract that cannot be read yet: named in the error, never skipped."""
-
+BESIDE_ARROW = ("dataset_info.json", "state.json")
+"""What Hugging Face `datasets` writes beside its .arrow files: not data."""
 
 BLOCK_SAMPLES = 64
 """Samples that are packed together, unless the source knows better: enough to fill rows well."""
@@ -34,6 +35,7 @@ class Source(Protocol):
 class Files:
     """The records of several files, one file after another."""
 
+    paths: tuple[str, ...]
     readers: tuple[Reader, ...] = field(repr=False)
     starts: tuple[int, ...] = field(repr=False)
     """Records before each file, and the total."""
@@ -48,10 +50,29 @@ class Files:
         return self.starts[-1]
 
     def __getitem__(self, index: int) -> Record:
+        file = self._file_of(index)
+        return self.readers[file][index - self.starts[file]]
+
+    def path_of(self, index: int) -> str:
+        """The file that record `index` is in."""
+        return self.paths[self._file_of(index)]
+
+    def _file_of(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        file = bisect_right(self.starts, index) - 1
-        return self.readers[file][index - self.starts[file]]
+        return bisect_right(self.starts, index) - 1
+
+
+@frozen
+class FileStream:
+    """Several files to be read from first to last record, without an index."""
+
+    paths: tuple[str, ...]
+    keys: tuple[str, ...]
+
+    def open(self, path: str) -> Iterator[Unread]:
+        """The records of one of the files; see formats.stream_file."""
+        return stream_file(path, self.keys)
 
 
 def open_source(
@@ -69,23 +90,43 @@ def open_source(
     that cannot be read, no records.
     """
     keys = key_names(keys)
-    paths = find_files(path, argument=argument)
-    readers = []
-    for name in paths:
-        index = reader_of(Path(name).suffix, keys)
-        if index is None:
-            raise DataError(_unreadable(name))
-        readers.append(index(name))
+    paths = readable_files(path, argument=argument)
+    readers = tuple(index_file(name, keys) for name in paths)
     starts = tuple(accumulate((len(reader) for reader in readers), initial=0))
     if starts[-1] == 0:
         names = ", ".join(paths[:5]) + (", …" if len(paths) > 5 else "")
         raise DataError(f"{argument} {path!r}: the data is empty, no record in {names}")
-    return Files(tuple(readers), starts)
+    return Files(tuple(paths), readers, starts)
+
+
+def open_stream(
+    path: str,
+    keys: str | Sequence[str] = ("content_split",),
+    *,
+    argument: str = "data.train_path",
+) -> FileStream:
+    """The files that `path` names, not opened yet; arguments and errors as for `open_source`.
+
+    Whether they hold any record only reading them shows.
+    """
+    return FileStream(tuple(readable_files(path, argument=argument)), key_names(keys))
 
 
 def key_names(keys: str | Sequence[str]) -> tuple[str, ...]:
     """One name or several, as a tuple."""
     return (keys,) if isinstance(keys, str) else tuple(keys)
+
+
+def readable_files(path: str, *, argument: str) -> list[str]:
+    """The files that `path` names. DataError: one has an ending that cannot be read."""
+    paths = find_files(path, argument=argument)
+    for name in paths:
+        if ending_of(name) is None:
+            ending = Path(name).suffix
+            if ending in CODECS:
+                ending = Path(name).with_suffix("").suffix + ending
+            raise DataError(f"{name}: cannot read a file ending in {ending!r}; {_allowed()}")
+    return paths
 
 
 def find_files(path: str, *, argument: str = "data.train_path") -> list[str]:
@@ -102,7 +143,9 @@ def _expand(part: str, argument: str) -> list[str]:
     place = Path(part).expanduser()
     if place.is_dir():
         files = sorted(str(file) for file in place.iterdir() if file.is_file())
-        known = [file for file in files if Path(file).suffix in ENDINGS + LATER_ENDINGS]
+        known = [file for file in files if ending_of(file)]
+        if any(file.endswith(".arrow") for file in known):
+            known = [file for file in known if Path(file).name not in BESIDE_ARROW]
         if not known:
             raise DataError(f"{argument}: the directory {part!r} has no data; {_allowed()}")
         return known
@@ -119,10 +162,3 @@ def _expand(part: str, argument: str) -> list[str]:
 
 def _allowed() -> str:
     return f"give a file, directory, glob or comma-separated list of {', '.join(ENDINGS)}"
-
-
-def _unreadable(name: str) -> str:
-    ending = Path(name).suffix
-    if ending in (*LATER_ENDINGS, ".yaml"):
-        return f"{name}: {ending} as data is not available yet; {_allowed()}"
-    return f"{name}: cannot read a file ending in {ending!r}; {_allowed()}"
