@@ -1,14 +1,16 @@
 """What a run is made of: each part built from the resolved arguments."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 from attrs import frozen
 
 from omnistep.core import optim, param, rng
+from omnistep.core.checkpoint.ranks import Ranks
 from omnistep.core.checkpoint.safetensors import open_weights
 from omnistep.core.config import Arguments, ModelArguments, TrainArguments
 from omnistep.core.config_mesh import mesh_sizes
@@ -18,7 +20,7 @@ from omnistep.core.step import Schedule
 from omnistep.core.tree import Tree
 from omnistep.data.loader import Loader, make_loader
 from omnistep.data.loader_config import LoaderConfig
-from omnistep.data.source import open_source
+from omnistep.data.sources import Described, open_reader
 from omnistep.data.steps import packed_steps, padded_steps
 from omnistep.data.tokenizer import Tokenizer, load_tokenizer
 from omnistep.models import decoder, hf
@@ -156,70 +158,77 @@ class Data:
     """The training stream, and how many steps it is read for."""
 
     loader: Loader
-    samples: int
     epoch_steps: int
     total_steps: int
     accumulate: int
 
 
-def open_data(args: Arguments, tokenizer: Tokenizer, mesh: Mesh) -> Data:
-    """Opens the training data and starts its workers. Padded data is counted by one pass."""
+def open_data(
+    args: Arguments, tokenizer: Tokenizer, mesh: Mesh, ranks: Ranks, warn: Callable[[str], None]
+) -> Data:
+    """Opens the training data and starts its workers. Padded data whose number of pieces is not
+    that of its samples is counted by one pass."""
     data, train = args.data, args.train
     global_batch = train.global_batch_size or train.micro_batch_size * mesh.data_ranks
     accumulate = global_batch // (train.micro_batch_size * mesh.data_ranks)
-    source = open_source(data.train_path, text_keys(args))
-    common = {"global_batch_size": global_batch}
+    config = LoaderConfig(
+        max_seq_len=data.max_seq_len,
+        micro_batch_size=train.micro_batch_size,
+        accumulate=accumulate,
+        rmpad=train.rmpad,
+        rmpad_with_pos_ids=train.rmpad_with_pos_ids,
+        dyn_bsz_margin=train.dyn_bsz_margin,
+        dyn_bsz_runtime=train.dyn_bsz_runtime,
+        seed=train.seed,
+        drop_last=data.drop_last,
+        num_workers=data.num_workers,
+        prefetch_factor=data.prefetch_factor,
+        pin_memory=data.pin_memory,
+        bad_records=data.bad_records,
+        data_rank=mesh.index("dp_replicate", "dp_shard"),
+        data_ranks=mesh.data_ranks,
+    )
+    reader = open_reader(_described(args, data.train_path), tokenizer, config.rules, train.seed)
 
-    def config(warmup_steps: int) -> LoaderConfig:
-        return LoaderConfig(
-            max_seq_len=data.max_seq_len,
-            micro_batch_size=train.micro_batch_size,
-            accumulate=accumulate,
-            rmpad=train.rmpad,
-            rmpad_with_pos_ids=train.rmpad_with_pos_ids,
-            dyn_bsz_margin=train.dyn_bsz_margin,
-            dyn_bsz_runtime=train.dyn_bsz_runtime,
-            bsz_warmup_steps=warmup_steps,
-            seed=train.seed,
-            drop_last=data.drop_last,
-            text_keys=text_keys(args),
-            num_workers=data.num_workers,
-            prefetch_factor=data.prefetch_factor,
-            pin_memory=data.pin_memory,
-            data_rank=mesh.index("dp_replicate", "dp_shard"),
-            data_ranks=mesh.data_ranks,
-        )
+    def loader(config: LoaderConfig) -> Loader:
+        return make_loader(reader, tokenizer, config, ranks, warn)
 
-    if config(0).packed:
+    if config.packed:
         steps = packed_steps(
             data.train_size,
+            global_batch_size=global_batch,
             micro_batch_size=train.micro_batch_size,
             max_seq_len=data.max_seq_len,
             dyn_bsz_margin=train.dyn_bsz_margin,
             bsz_warmup_ratio=train.bsz_warmup_ratio,
-            **common,
         )
         steps = _capped(steps, train)
         total = steps * train.num_train_epochs
-        loader = make_loader(source, tokenizer, config(int(total * train.bsz_warmup_ratio)))
-        return Data(loader, len(source), steps, total, accumulate)
-    loader = make_loader(source, tokenizer, config(0))
-    pieces = loader.count_pieces()
-    steps = _capped(padded_steps(pieces, drop_last=data.drop_last, **common), train)
-    if steps == 0:
-        raise RunError(
-            f"{data.train_path} has {pieces} sequences of at most {data.max_seq_len} tokens, fewer "
-            f"than train.global_batch_size = {global_batch}: make it smaller, or set "
-            "data.drop_last false"
-        )
-    return Data(loader, len(source), steps, steps * train.num_train_epochs, accumulate)
+        config = attrs.evolve(config, bsz_warmup_steps=int(total * train.bsz_warmup_ratio))
+        return Data(loader(config), steps, total, accumulate)
+    made = loader(config)
+    if reader.blocks is None and train.max_steps is not None:
+        steps = train.max_steps
+    else:
+        pieces = reader.pieces if reader.pieces is not None else made.count_pieces()
+        steps = padded_steps(pieces, global_batch_size=global_batch, drop_last=data.drop_last)
+        if steps == 0:
+            raise RunError(
+                f"{data.train_path} has {pieces} sequences of at most {data.max_seq_len} tokens, "
+                f"fewer than train.global_batch_size = {global_batch}: make it smaller, or set "
+                "data.drop_last false"
+            )
+    steps = _capped(steps, train)
+    return Data(made, steps, steps * train.num_train_epochs, accumulate)
 
 
 def _capped(steps: int, args: TrainArguments) -> int:
     return steps if args.max_steps is None else min(steps, args.max_steps)
 
 
-def open_eval(args: Arguments, tokenizer: Tokenizer) -> Loader | None:
+def open_eval(
+    args: Arguments, tokenizer: Tokenizer, ranks: Ranks, warn: Callable[[str], None]
+) -> Loader | None:
     """The held-out data, in micro-batches of the training's shape; None where none is given."""
     if args.data.eval_path is None:
         return None
@@ -228,16 +237,25 @@ def open_eval(args: Arguments, tokenizer: Tokenizer) -> Loader | None:
         micro_batch_size=args.train.micro_batch_size,
         rmpad=args.train.rmpad,
         rmpad_with_pos_ids=args.train.rmpad_with_pos_ids,
-        text_keys=text_keys(args),
+        bad_records=args.data.bad_records,
         drop_last=False,
     )
-    source = open_source(args.data.eval_path, text_keys(args), argument="data.eval_path")
-    return make_loader(source, tokenizer, config)
+    described = _described(args, args.data.eval_path, argument="data.eval_path")
+    reader = open_reader(described, tokenizer, config.rules, args.train.seed)
+    return make_loader(reader, tokenizer, config, ranks, warn)
 
 
-def text_keys(args: Arguments) -> tuple[str, ...]:
-    keys = args.data.text_keys or ("content_split",)
-    return (keys,) if isinstance(keys, str) else tuple(keys)
+def _described(args: Arguments, path: str, argument: str = "data.train_path") -> Described:
+    data = args.data
+    return Described(
+        path=path,
+        argument=argument,
+        data_type=data.data_type,
+        datasets_type=data.datasets_type,
+        text_keys=data.text_keys or (),
+        chat_template=data.chat_template,
+        shuffle_buffer=data.shuffle_buffer,
+    )
 
 
 def checkpoint_place(path: str) -> tuple[Path, int | None]:
@@ -277,7 +295,7 @@ def describe(args: Arguments, model: Model, data: Data, mesh: Mesh) -> str:
         "numbers": f"weights {weights}, compute {compute}, {train.optimizer}, "
         f"recomputation {remat_mode(train)}, "
         f"{'eager' if train.enable_manual_eager else 'compiled'}",
-        "data": f"{args.data.train_path}: {data.samples} samples, "
+        "data": f"{args.data.train_path}: {data.loader.reader.text}, {args.data.data_type}, "
         + (f"packed ({packing})" if packing else "padded"),
         "steps": f"{data.total_steps} of {tokens} tokens "
         f"({train.micro_batch_size} x {args.data.max_seq_len}, "

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from omnistep.core.config import SAMPLE, ConfigError, InferArguments, ModelArgum
 from omnistep.core.config_help import help_text
 from omnistep.core.config_io import load, wants_help
 from omnistep.core.tree import Tree
-from omnistep.data.chat import Message, render, special_tokens
+from omnistep.data.chat import Message, open_template
 from omnistep.data.errors import DataError
 from omnistep.data.tokenizer import Tokenizer
 from omnistep.models.generate import Generate, Sampling, make_generate
@@ -143,16 +144,13 @@ Wrap = Callable[[Sequence[Message]], str]
 
 def chat_wrapper(tokenizer: Tokenizer) -> Wrap:
     """Messages to the text after which the assistant speaks."""
-    template = tokenizer.chat_template
-    if template is None:
+    if tokenizer.chat_template is None:
         raise RunError(
             f"the tokenizer {tokenizer.path} has no chat template: leave infer.chat false to "
             "continue plain text"
         )
-    special = special_tokens(Path(tokenizer.path).parent)
-    return lambda messages: render(
-        template, messages, add_generation_prompt=True, special_tokens=special
-    )
+    template = open_template("tokenizer", tokenizer)
+    return partial(template.render, add_generation_prompt=True)
 
 
 def read_prompts(path: Path) -> Iterator[str]:

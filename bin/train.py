@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,7 @@ from omnistep.core.step import make_eval_step, make_train_step
 from omnistep.core.tree import Tree, tree_map
 from omnistep.data.errors import DataError
 from omnistep.data.loader import Loader
+from omnistep.data.state import DataState
 from omnistep.models import decoder
 from omnistep.models.hf import ConfigJsonError
 from omnistep.parallel.mesh import Mesh
@@ -99,8 +100,10 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
     layout = build.make_layout(train, model, mesh)
     first = mesh.rank == 0  # it alone writes logs; checkpoints are written by all
     say = partial(print, flush=True) if first else lambda text: None
-    data = build.open_data(args, tokenizer, mesh)
-    held_out = build.open_eval(args, tokenizer)
+    peak = peak_flops(mesh.device, layout.dtype)  # a CPU's is measured: before others take a core
+    together = all_ranks()
+    data = build.open_data(args, tokenizer, mesh, together, say)
+    held_out = build.open_eval(args, tokenizer, together, say)
     optimizer = build.make_optimizer(train, model)
     compiled = not train.enable_manual_eager
     stages = decoder.make_stages(model.cfg, layout, mode=build.remat_mode(train), compile=compiled)
@@ -129,8 +132,7 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
         logger = stack.enter_context(
             Logger(output, data.total_steps, position.step, silent=not first)
         )
-        # a CPU's peak is measured: before wandb's thread takes a core
-        meter = _Meters(data, model, mesh, peak_flops(mesh.device, layout.dtype))
+        meter = _Meters(data, model, mesh, peak)
         if train.use_wandb and first:
             config = attrs.asdict(args)
             logger.wandb = Wandb(
@@ -139,7 +141,7 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
         profiler = stack.enter_context(Profiler(_profile(args) if first else None))
         key = rng.name_key(rng.key(train.seed, mesh.device), "eval")
 
-        evaluated = all_ranks().broadcast(evaluations(output / METRICS_FILE) if first else None)
+        evaluated = together.broadcast(evaluations(output / METRICS_FILE) if first else None)
 
         def evaluate(at: Position) -> None:
             if held_out is None:
@@ -165,7 +167,7 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
             position = attrs.evolve(position, state=state, data=data_state)
             # the device is busy with this step: time to look at what the last one gave
             position = report(dispatched, position, logger, meter, train.max_skipped_steps)
-            dispatched = _Dispatched(position.step, metrics, batch, waited)
+            dispatched = _Dispatched(data_state, metrics, batch, waited)
 
             stopping = stop.agreed(mesh.world)
             if position.step == data.total_steps or stopping:
@@ -201,10 +203,14 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
 class _Dispatched:
     """A step whose metrics nobody has read yet."""
 
-    step: int
+    data: DataState
     metrics: Metrics
     batch: Batch
     waited: float
+
+    @property
+    def step(self) -> int:
+        return self.data.step
 
 
 @define
@@ -237,7 +243,8 @@ def report(
     skipped = position.meters["skipped"] + 1 if values["skipped"] else 0.0
     meters = {"tokens": position.meters["tokens"] + values["weight"], "skipped": skipped}
     speed = meter.read(done.step, values["weight"], done.batch, done.waited)
-    logger.log(done.step, {**values, **speed, "tokens": meters["tokens"]})
+    fed = fed_by(done.data, meter.data.loader.reader.names)
+    logger.log(done.step, {**values, **speed, **fed, "tokens": meters["tokens"]})
     if not meters["tokens"] and done.step >= min(most_skipped, meter.data.total_steps):
         raise RunError(
             f"{done.step} steps had no token to learn: the samples of data.train_path are empty"
@@ -250,6 +257,16 @@ def report(
             "the run stops. Try a smaller train.lr, or go back to an earlier checkpoint"
         )
     return attrs.evolve(position, meters=meters)
+
+
+def fed_by(data: DataState, names: Sequence[str]) -> dict[str, float]:
+    """What the data has given so far of each mixed source; and what was not taken whole."""
+    counts = {"skipped_records": data.skipped, "cut_samples": data.cut}
+    fed = {name: float(count) for name, count in counts.items() if count}
+    if len(names) > 1:
+        for name, (samples, tokens) in zip(names, data.given, strict=True):
+            fed |= {f"samples/{name}": float(samples), f"tokens/{name}": float(tokens)}
+    return fed
 
 
 def evaluations(metrics: Path) -> dict[int, float]:

@@ -111,7 +111,8 @@ class DataArguments:
     """The data: where it is read, how it becomes rows of tokens, how it is loaded."""
 
     train_path: str = required(
-        "file, directory, glob, or a comma-separated list of these", path=True
+        "file, directory, glob, a comma-separated list of these, or a .yaml of weighted sources",
+        path=True,
     )
     eval_path: str | None = arg(
         None, "held-out data, spelled like train_path; none: no evaluation", path=True
@@ -124,7 +125,8 @@ class DataArguments:
     )
     dataloader_type: Literal["native"] = arg("native", "native: the PyTorch DataLoader")
     datasets_type: str = arg(
-        "mapping", "mapping: random access; iterable: streamed; or package.module:function"
+        "mapping",
+        "mapping: random access; iterable: streamed; package.module:function or a registered name",
     )
     text_keys: Names | None = arg(
         None,
@@ -143,7 +145,16 @@ class DataArguments:
         True, "drop the last partial batch; false: fill it up with tokens of weight zero"
     )
     pin_memory: bool = arg(True, "load into page-locked memory (GPU only)")
-    prefetch_factor: int = arg(2, "batches each loader process keeps ready", POSITIVE)
+    prefetch_factor: int = arg(2, "blocks of samples each loader process keeps ready", POSITIVE)
+    shuffle_buffer: int | None = arg(
+        None,
+        "streams: records shuffled among each other, a stretch of a file",
+        POSITIVE,
+        otherwise="512, of .txt 32 parts of 16 KiB",
+    )
+    bad_records: Literal["stop", "skip"] = arg(
+        "stop", "what can't be read as training data: stop the run, or skip and count it"
+    )
 
 
 @frozen(kw_only=True)

@@ -7,6 +7,7 @@
 import importlib.resources
 import re
 from collections.abc import Iterator, Mapping
+from importlib.metadata import entry_points
 from typing import Any
 
 import attrs
@@ -33,10 +34,7 @@ NOT_YET: Mapping[str, tuple[Any, ...]] = {
     "model.input_encoder": ("encoder",),
     "model.output_encoder": ("decoder",),
     "model.encode_target": (False,),
-    "data.data_type": ("plaintext",),
-    "data.datasets_type": ("mapping",),
     "data.image_keys": ("images",),
-    "data.chat_template": ("default",),
     "train.enable_fsdp_offload": (False,),
     "train.enable_activation_offload": (False,),
     "train.activation_gpu_limit": (0.0,),
@@ -44,6 +42,8 @@ NOT_YET: Mapping[str, tuple[Any, ...]] = {
 }
 """Arguments not every value of which is available yet, and the values that are."""
 
+DATASETS = "omnistep.datasets"
+"""The group of entry points under which an installed package registers datasets by name."""
 SHIPPED = "omnistep:"
 """How a path into the installed package begins."""
 
@@ -172,9 +172,10 @@ def _each_alone(args: Arguments) -> Iterator[Problem]:
         if argument.info.path and value and f",{SHIPPED}" in f",{value}":
             text = f"`{SHIPPED}` is followed by a file of the installed package, as in "
             yield Problem((name,), f"{text}{SHIPPED}data/shakespeare/train.txt")
-    kind, known = args.data.datasets_type, ("mapping", "iterable")
+    kind = args.data.datasets_type
+    known = ("mapping", "iterable", *(entry.name for entry in entry_points(group=DATASETS)))
     if kind not in known and not re.fullmatch(r"[\w.]+:\w+", kind):
-        text = f"must be mapping, iterable or package.module:function{nearest(kind, known)}"
+        text = f"must be {', '.join(known)} or package.module:function{nearest(kind, known)}"
         yield Problem(("data.datasets_type",), text)
     if args.train.empty_cache_steps == 0:
         yield Problem(("train.empty_cache_steps",), "must be at least 1, or -1 for never")

@@ -1,25 +1,30 @@
-"""The unit of work: one block of successive samples, read, tokenised and planned in a worker."""
+"""The unit of work: one block of samples, read, tokenised and planned in a worker."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 import attrs
 import numpy as np
 from attrs import frozen
 
 from omnistep.data.errors import DataError
-from omnistep.data.order import permuted
 from omnistep.data.pack import pack
-from omnistep.data.source import Source
 from omnistep.data.state import PieceId
-from omnistep.data.transform import Tokens, Transform
+from omnistep.data.transform import Tokens
+
+REASONS = 3
+"""Of so many skipped records a block says why."""
 
 
 @frozen
 class Task:
-    """What a worker is asked for."""
+    """What a worker is asked for: a block of a shard of an epoch. All of a source that is read by
+    random access is one shard; of a stream, each file."""
 
     epoch: int | None
     """None: the samples as they stand in the source."""
+    shard: int
+    """In the epoch's order."""
     block: int
     count: bool = False
     """Only the number of pieces is wanted."""
@@ -32,11 +37,25 @@ class Piece(Tokens):
     at: PieceId = attrs.field(kw_only=True)
 
 
+@frozen
+class Losses:
+    """What was not taken as it stands."""
+
+    skipped: int = 0
+    """records that could not be read as training data"""
+    cut: int = 0
+    """samples cut to the length of a piece"""
+    reasons: tuple[str, ...] = ()
+    """why the first were skipped"""
+
+
 @frozen(eq=False)
 class Block:
     """The pieces of a block in few flat arrays, which are cheap to send between processes."""
 
     task: Task
+    last: bool
+    """The shard ends with it."""
     ids: np.ndarray
     """int32 [tokens]"""
     learn: np.ndarray | None
@@ -45,18 +64,27 @@ class Block:
     """int64 [pieces]: where in `ids` each piece ends"""
     at: np.ndarray
     """int64 [pieces, 2]: sample, piece of that sample"""
+    losses: Losses
     plan: tuple[list[list[int]], list[int]] | None = None
     """Full rows and leftovers, as indices of pieces; None: not packed yet."""
 
-    def pieces(self) -> list[Piece]:
-        """Views of the arrays."""
-        pieces, start, epoch = [], 0, self.task.epoch or 0
+    def pieces(self, arrival: int) -> list[Piece]:
+        """Views of the arrays; `arrival` counts the blocks of a run."""
+        pieces, start = [], 0
         for end, (sample, number) in zip(self.ends.tolist(), self.at.tolist(), strict=True):
             learn = None if self.learn is None else self.learn[start:end]
-            at = (epoch, self.task.block, sample, number)
-            pieces.append(Piece(self.ids[start:end], learn, at=at))
+            pieces.append(Piece(self.ids[start:end], learn, at=(arrival, sample, number)))
             start = end
         return pieces
+
+
+@frozen
+class Counted:
+    """The number of pieces of a block."""
+
+    task: Task
+    last: bool
+    pieces: int
 
 
 @frozen
@@ -76,62 +104,126 @@ class PackLimits:
     """pieces"""
 
 
-@frozen(eq=False)
-class BlockReader:
-    """Task → Block, by random access: the data set the PyTorch DataLoader sees."""
+@frozen
+class BlockRules:
+    """What all blocks of a run have in common."""
 
-    source: Source
-    transform: Transform
-    samples: int
-    """of one block"""
-    seed: int
     limits: PackLimits
     packs: bool
     """Plan the rows here (dyn_bsz_runtime: worker)."""
     longest: int
     """tokens a piece may have"""
+    skips: bool = False
+    """Skip a record that cannot be read as training data, and count it."""
 
-    def __len__(self) -> int:
-        """Blocks of an epoch; the last may be short."""
-        return -(-len(self.source) // self.samples)
 
-    def __getitem__(self, task: Task) -> Block | int | Failure:
-        try:
-            block = self.read(task)
-        except DataError as error:
-            return Failure(str(error))
-        return len(block.ends) if task.count else block
+Answer = Block | Counted | Failure
 
-    def read(self, task: Task) -> Block:
-        start = task.block * self.samples
-        stop = min(start + self.samples, len(self.source))
-        if task.epoch is None:
-            order = list(range(start, stop))
-        else:
-            order = permuted(len(self.source), self.seed, task.epoch, start, stop).tolist()
-        made = {sample: self.pieces_of(sample) for sample in sorted(order)}  # disk order
-        pieces = [piece for sample in order for piece in made[sample]]
-        at = [(sample, number) for sample in order for number in range(len(made[sample]))]
-        lengths = [len(piece.ids) for piece in pieces]
-        return Block(
-            task=task,
-            ids=np.concatenate([np.zeros(0, np.int32), *(piece.ids for piece in pieces)]),
-            learn=_joined_learn(pieces),
-            ends=np.cumsum(lengths, dtype=np.int64),
-            at=np.array(at, np.int64).reshape(-1, 2),
-            plan=pack(lengths, self.limits.budget, self.limits.most) if self.packs else None,
-        )
 
-    def pieces_of(self, sample: int) -> list[Tokens]:
-        record = self.source[sample]
-        pieces = self.transform(record)
-        for piece in pieces:
-            if not 0 < len(piece.ids) <= self.longest:
-                raise DataError(
-                    f"{record.where}: a piece of {len(piece.ids)} tokens; the transform must make "
-                    f"pieces of 1 to {self.longest} tokens (data.max_seq_len, less the margin)"
-                )
-        return pieces
+class Reader(Protocol):
+    """Task → Block: the data set the PyTorch DataLoader sees. Picklable; a copy in each worker."""
+
+    @property
+    def rules(self) -> BlockRules: ...
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the sources that are mixed."""
+        ...
+
+    @property
+    def shards(self) -> int:
+        """Of an epoch."""
+        ...
+
+    @property
+    def blocks(self) -> int | None:
+        """Of a shard; None: known when its last block was read."""
+        ...
+
+    @property
+    def pieces(self) -> int | None:
+        """Of an epoch, where it is known without reading."""
+        ...
+
+    @property
+    def text(self) -> str:
+        """How much there is, for a person."""
+        ...
+
+    def __getitem__(self, task: Task | None) -> Answer | None:
+        """None is answered with None: a rank has nothing to do while others read."""
+        ...
+
+    def pieces_of(self, samples: Iterable[int]) -> dict[int, list[Tokens]]:
+        """The pieces of these samples."""
+        ...
+
+    def part_of(self, sample: int) -> int:
+        """Which of the sources that are mixed a sample is from."""
+        ...
+
+    def made_of(self) -> dict[str, int | float | str]:
+        """What a position in this data holds for, besides the content of the samples."""
+        ...
+
+
+def answer(task: Task, last: bool, samples: "Samples", rules: BlockRules) -> Answer:
+    """What a Reader gives back for a task of these samples."""
+    try:
+        block = make_block(task, last, samples, rules)
+    except DataError as error:
+        return Failure(str(error))
+    return Counted(task, last, len(block.ends)) if task.count else block
+
+
+Samples = Iterable[tuple[int, "list[Tokens] | DataError"]]
+"""Numbers of samples, each with its pieces, or why it has none."""
+
+
+def make_block(task: Task, last: bool, samples: Samples, rules: BlockRules) -> Block:
+    """Raises the first DataError among the samples, unless the rules skip them."""
+    pieces: list[Tokens] = []
+    at: list[tuple[int, int]] = []
+    skipped, cut, reasons = 0, 0, []
+    for sample, made in samples:
+        if isinstance(made, DataError):
+            if not rules.skips:
+                raise made
+            skipped += 1
+            reasons += [str(made)] if len(reasons) < REASONS else []
+            continue
+        pieces += made
+        at += [(sample, number) for number in range(len(made))]
+        cut += sum(piece.cut > 0 for piece in made)
+    lengths = [len(piece.ids) for piece in pieces]
+    return Block(
+        task=task,
+        last=last,
+        ids=np.concatenate([np.zeros(0, np.int32), *(piece.ids for piece in pieces)]),
+        learn=_joined_learn(pieces),
+        ends=np.cumsum(lengths, dtype=np.int64),
+        at=np.array(at, np.int64).reshape(-1, 2),
+        losses=Losses(skipped, cut, tuple(reasons)),
+        plan=pack(lengths, rules.limits.budget, rules.limits.most) if rules.packs else None,
+    )
+
+
+def checked(pieces: list[Tokens], where: str, longest: int) -> list[Tokens]:
+    """Raises ValueError (it is the transform that is wrong, not a record) for a piece too long."""
+    for piece in pieces:
+        if not 0 < len(piece.ids) <= longest:
+            raise ValueError(
+                f"{where}: a piece of {len(piece.ids)} tokens; the transform must make pieces of "
+                f"1 to {longest} tokens (data.max_seq_len, less the margin)"
+            )
+    return pieces
+
+
+def blocks_of(reader: Reader, epoch: int | None, shard: int, block: int) -> Iterator[Task]:
+    """Tasks for one shard from a block on; without end where its length is not known yet."""
+    while reader.blocks is None or block < reader.blocks:
+        yield Task(epoch, shard, block)
+        block += 1
 
 
 def _joined_learn(pieces: Sequence[Tokens]) -> np.ndarray | None:

@@ -23,7 +23,7 @@ def decompressed(path: str) -> Iterator[bytes]:
     """The content of a .gz or .zst, all its members. DataError: it is corrupt or cut off."""
     import pyarrow as pa
 
-    codec = CODECS[Path(path).suffix]
+    codec = CODECS[Path(path).suffix.lower()]
     empty = True
     with pa.OSFile(path) as source:
         try:

@@ -1,46 +1,192 @@
-"""Messages to text by a tokenizer's own chat template, without importing transformers."""
+"""Conversations by a chat template: their text, and the parts of it that are to be learnt.
+
+A template is Jinja, as transformers' tokenizers carry it, rendered here without importing
+transformers. The parts to learn come out of the rendering itself: markers that no text can hold
+go through it, and where they come out, the parts begin and end.
+"""
 
 import datetime
 import json
+import re
 from collections.abc import Mapping, Sequence
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2.ext import loopcontrols
+from attrs import field, frozen
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from omnistep.data.errors import DataError
+from omnistep.data.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
+Span = tuple[int, int]
+"""From the first character of a text to learn to behind its last."""
+
+TEMPLATES = Path(__file__).parent / "templates"
+START, STOP, BEGIN, END = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
+"""The markers, of a content and of a `{% generation %}`: code points that Unicode has set aside
+as no characters."""
+_NO_TURNS = str.maketrans("", "", BEGIN + END)
+_NO_MARKS = str.maketrans("", "", START + STOP + BEGIN + END)
+
+_NEEDED_TOKENS = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "qwen2vl": ("<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+}
+"""What a built-in template takes for one token."""
 
 
-def render(
-    template: str,
-    messages: Sequence[Message],
-    *,
-    add_generation_prompt: bool,
-    special_tokens: Mapping[str, str] | None = None,
-) -> str:
-    """The conversation as one text, as transformers' apply_chat_template writes it.
+@frozen(eq=False)
+class Template:
+    """A chat template; picklable."""
 
-    `special_tokens` are the names templates use: bos_token, eos_token, ... Raises DataError when
-    the template can't be read or refuses the messages.
-    """
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    try:
-        return environment.from_string(template).render(
-            messages=list(messages),
-            add_generation_prompt=add_generation_prompt,
-            **(special_tokens or {}),
+    name: str
+    """for errors"""
+    jinja: str = field(repr=False)
+    special_tokens: Mapping[str, str] = field(factory=dict, repr=False)
+    """bos_token, eos_token, … as templates name them"""
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """The conversation as one text, as transformers' apply_chat_template writes it.
+
+        Raises DataError when the template can't be read or refuses the messages.
+        """
+        return self._marked(messages, tools, add_generation_prompt).translate(_NO_MARKS)
+
+    def learnt(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+    ) -> tuple[str, list[Span]]:
+        """The text, and the parts of it that are to be learnt: each assistant's turn, from where
+        generation would begin through its end of turn; a message's own `loss_mask` (0 or 1)
+        overrides.
+
+        Where the template says so itself (`{% generation %}`), those are the turns. Else markers
+        around the contents show where a turn is, and the template's own generation prompt where
+        it begins. Raises DataError where that leaves a doubt.
+        """
+        learn = [bool(m.get("loss_mask", m["role"] == "assistant")) for m in messages]
+        spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        text = self.render(messages, tools=tools)
+        others = [i for i, wanted in enumerate(learn) if wanted and i not in spoken]
+        spans: dict[int, Span] = {}
+        if others:
+            contents = self._content_spans(messages, others, tools, text)
+            spans |= {i: (start, stop) for i, _, start, stop in contents}
+        if self._marks_turns:
+            turns = _spans(self._marked(messages, tools, False))
+            if len(turns) != len(spoken):
+                raise self._doubt(f"it marks {len(turns)} turns where there are {len(spoken)}")
+            spans |= dict(zip(spoken, turns, strict=True))
+        elif spoken:
+            contents = self._content_spans(messages, spoken, tools, text)
+            opening, closing = _turn_ends(self)
+            for i, before, start, stop in contents:
+                begin = text.rfind(opening, before, start) if opening else start
+                end = text.find(closing, stop)
+                if begin < 0:
+                    raise self._doubt(f"message {i + 1} does not begin with {opening!r}")
+                if end < 0 or (text[stop:end].strip() and not _calls(messages[i])):
+                    raise self._doubt(f"message {i + 1} does not end with {closing!r}")
+                spans[i] = (begin + len(opening), end + len(closing))
+        return text, [spans[i] for i in sorted(spans) if learn[i]]
+
+    @property
+    def _marks_turns(self) -> bool:
+        return "endgeneration" in self.jinja
+
+    def _marked(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, prompt: bool
+    ) -> str:
+        """With BEGIN and END around what stands in `{% generation %}`."""
+        try:
+            return _compiled(self.jinja).render(
+                messages=list(messages),
+                tools=tools,
+                documents=None,
+                add_generation_prompt=prompt,
+                **self.special_tokens,
+            )
+        except Exception as error:  # a template's own mistakes are a TypeError, a KeyError, …
+            raise DataError(
+                f"the chat template ({self.name}) does not take this conversation: {error}"
+            ) from error
+
+    def _content_spans(
+        self,
+        messages: Sequence[Message],
+        wanted: Sequence[int],
+        tools: Sequence[Any] | None,
+        text: str,
+    ) -> list[tuple[int, int, int, int]]:
+        """For each wanted message: its number, and where in `text` the one before it ends, where
+        its content begins (if the template dropped the beginning: where it ends), and ends."""
+        marked = [_mark(m) if i in wanted else m for i, m in enumerate(messages)]
+        found = self._marked(marked, tools, False).translate(_NO_TURNS)
+        if found.translate(_NO_MARKS) != text or found.count(STOP) != len(wanted):
+            raise self._doubt("it changes, drops or repeats the content of a message to learn")
+        places, before, at = [], 0, 0
+        parts = found.split(STOP)
+        for i, part in zip(wanted, parts, strict=False):
+            head, *rest = part.split(START)
+            stop = at + len(part) - len(rest)
+            start = at + len(head) if rest else stop
+            places.append((i, before, start, stop))
+            before = at = stop
+        return places
+
+    def _doubt(self, what: str) -> DataError:
+        return DataError(
+            f"the chat template ({self.name}) does not show what the assistant says: {what}. Put "
+            "{% generation %} … {% endgeneration %} around it in a Jinja file and set "
+            "data.chat_template to that, or to a built-in one"
         )
-    except Exception as error:  # a template's own mistakes are a TypeError, a KeyError, …
-        raise DataError(f"the chat template does not take this conversation: {error}") from error
+
+
+def open_template(name: str, tokenizer: Tokenizer) -> Template:
+    """`data.chat_template`: a built-in name, `tokenizer` for the tokenizer's own, or a Jinja file.
+
+    Raises DataError: no such template, or one that takes for one token what the tokenizer splits.
+    """
+    special = special_tokens(Path(tokenizer.path).parent)
+    if name == "tokenizer":
+        if tokenizer.chat_template is None:
+            raise DataError(
+                f"data.chat_template is tokenizer, but {tokenizer.path} has no chat template; "
+                f"choose one of {', '.join(builtin_templates())}, or give a Jinja file"
+            )
+        return Template("the tokenizer's own", tokenizer.chat_template, special)
+    if name in builtin_templates():
+        missing = [t for t in _NEEDED_TOKENS.get(name, ()) if tokenizer.token_id(t) is None]
+        if missing:
+            raise DataError(
+                f"data.chat_template {name} needs the tokens {', '.join(missing)}, which the "
+                f"tokenizer {tokenizer.path} does not have; `default` suits any tokenizer"
+            )
+        eos = special.get("eos_token") or tokenizer.decode([tokenizer.eos_id])
+        special = {"bos_token": "", **special, "eos_token": eos}
+        return Template(name, (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"), special)
+    file = Path(name).expanduser()
+    if not file.is_file():
+        raise DataError(
+            f"data.chat_template {name!r} is no file and no built-in template; these are "
+            f"{', '.join(builtin_templates())}, and `tokenizer` for the tokenizer's own"
+        )
+    return Template(name, file.read_text(encoding="utf-8"), special)
+
+
+def builtin_templates() -> list[str]:
+    return sorted(file.stem for file in TEMPLATES.glob("*.jinja"))
 
 
 def special_tokens(directory: Path) -> dict[str, str]:
@@ -57,6 +203,93 @@ def special_tokens(directory: Path) -> dict[str, str]:
             if name.endswith("_token") and isinstance(text, str):
                 found.setdefault(name, text)
     return found
+
+
+# ---- markers -------------------------------------------------------------------------------
+
+
+def _spans(marked: str) -> list[Span]:
+    """Where the marked turns stand once the markers are gone."""
+    places = [at.start() - n for n, at in enumerate(re.finditer(f"[{BEGIN}{END}]", marked))]
+    return list(zip(places[::2], places[1::2], strict=True))
+
+
+def _mark(message: Message) -> Message:
+    """The message with markers around its content, inside any blanks, so that a template may
+    strip it. With tool calls the last one's name is the end. Raises DataError when it is empty."""
+    content = message.get("content") or ""
+    core, calls = content.strip(), _calls(message)
+    if not core and not calls:
+        raise DataError(f"a message of role {message['role']} is to be learnt, but it is empty")
+    marked = dict(message)
+    if core:
+        before, after = content.split(core, 1)[0], content.rpartition(core)[2]
+        marked["content"] = before + START + core + ("" if calls else STOP) + after
+    if calls:
+        last = calls[-1]
+        inner = last.get("function", last)
+        named = {**inner, "name": inner["name"] + STOP}
+        last = {**last, "function": named} if "function" in last else named
+        marked["tool_calls"] = [*calls[:-1], last]
+    return marked
+
+
+def _calls(message: Message) -> Sequence[Any]:
+    return message.get("tool_calls") or ()
+
+
+@lru_cache(maxsize=16)
+def _ends(name: str, jinja: str, special: tuple[tuple[str, str], ...]) -> tuple[str, str]:
+    template = Template(name, jinja, dict(special))
+    user, assistant = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
+    asked = template.render([user])
+    prompt = template.render([user], add_generation_prompt=True)
+    marked = template._marked([user, _mark(assistant), user, assistant], None, False)
+    answered = template._marked([user, _mark(assistant)], None, False)
+    if not (prompt.startswith(asked) and marked.startswith(asked)) or marked.count(START) != 1:
+        raise template._doubt("another message changes the text of those before it")
+    given, taken = prompt[len(asked) :], marked[len(asked) : marked.index(START)]
+    alike = [a == b for a, b in zip(given, taken, strict=False)] + [False]
+    return given[: alike.index(False)], answered.partition(STOP)[2].rstrip()
+
+
+def _turn_ends(template: Template) -> tuple[str, str]:
+    """What a template without `{% generation %}` writes between a user's turn and the assistant's
+    words, as far as it is also the generation prompt; and what it writes after them."""
+    return _ends(template.name, template.jinja, tuple(sorted(template.special_tokens.items())))
+
+
+# ---- Jinja ---------------------------------------------------------------------------------
+
+
+class _Generation(Extension):
+    """`{% generation %}` … `{% endgeneration %}`: puts markers around what is between."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja's own protocol)
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_between"), [], [], body).set_lineno(line)
+
+    def _between(self, caller: Any) -> str:
+        return BEGIN + caller() + END
+
+
+@cache
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment
+
+
+@lru_cache(maxsize=16)
+def _compiled(jinja: str) -> jinja2.Template:
+    return _environment().from_string(jinja)
 
 
 def _refuse(message: str) -> None:

@@ -21,6 +21,8 @@ GROUPS = 4
 """Groups of rows a process keeps decoded, of each file."""
 STREAM_ROWS = 64
 """Rows decoded at once from a streamed Parquet file."""
+BESIDE = ("tools",)
+"""Columns that belong to a conversation, and are read where there are any."""
 ARROW_FILE = b"ARROW1"
 
 
@@ -98,12 +100,13 @@ def _size(cell: Any) -> int:
 
 
 def _wanted(path: str, keys: Sequence[str], present: Sequence[str]) -> tuple[str, ...]:
+    """Those of `keys` a file has, and those that go with them."""
     columns = tuple(key for key in keys if key in present)
     if not columns:
         raise DataError(
             f"{path} has none of the columns {list(keys)} (data.text_keys); it has {present}"
         )
-    return columns
+    return (*columns, *(key for key in BESIDE if key in present and key not in columns))
 
 
 def _rows(path: str, columns: tuple[str, ...], groups: Iterator[Any]) -> Iterator[Unread]:

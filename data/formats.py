@@ -17,7 +17,7 @@ ENDINGS = (*PLAIN, ".parquet", ".arrow", *(f"{end}{codec}" for codec in CODECS f
 
 def ending_of(path: str) -> str | None:
     """Which of ENDINGS a path has."""
-    return next((ending for ending in ENDINGS if path.endswith(ending)), None)
+    return next((ending for ending in ENDINGS if path.lower().endswith(ending)), None)
 
 
 def index_file(path: str, keys: Sequence[str]) -> Reader:
@@ -26,7 +26,7 @@ def index_file(path: str, keys: Sequence[str]) -> Reader:
     `keys`: the fields wanted, of which files with columns must have one. A compressed file is
     decompressed into the cache first. DataError: the file as a whole cannot be read.
     """
-    form, codec = _form(path)
+    form, codec = form_of(path)
     if form == ".parquet":
         return index_parquet(path, keys)
     if form == ".arrow":
@@ -44,7 +44,7 @@ def stream_file(path: str, keys: Sequence[str]) -> Iterator[Unread]:
     DataError then. What the iterator itself raises says that the file as a whole is broken.
     A row of a file with columns holds on to its neighbours until it is parsed.
     """
-    form, codec = _form(path)
+    form, codec = form_of(path)
     if form == ".parquet":
         return stream_parquet(path, keys)
     if form == ".arrow":
@@ -55,7 +55,7 @@ def stream_file(path: str, keys: Sequence[str]) -> Iterator[Unread]:
     return stream_spans(chunks, path, _prepare(form, keys))
 
 
-def _form(path: str) -> tuple[str, str]:
+def form_of(path: str) -> tuple[str, str]:
     """The ending without compression, and the compression's (or nothing)."""
     ending = ending_of(path)
     assert ending is not None, path

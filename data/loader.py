@@ -5,8 +5,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from itertools import count
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import attrs
@@ -15,17 +15,19 @@ from attrs import define, field
 from torch.utils.data import DataLoader
 
 from omnistep.core.batch import Batch
+from omnistep.core.checkpoint.ranks import ALONE, Ranks
 from omnistep.core.tree import tree_map
 from omnistep.data.assemble import assemble
-from omnistep.data.blocks import BlockReader, Failure, Piece, Task
+from omnistep.data.blocks import Failure, Piece, Reader, Task, blocks_of
 from omnistep.data.errors import DataError
 from omnistep.data.loader_config import LoaderConfig
 from omnistep.data.pack import prefix
-from omnistep.data.source import BLOCK_SAMPLES, Source
 from omnistep.data.state import DataState, PieceId, check_made_with
 from omnistep.data.stream import Arrival, arrivals
 from omnistep.data.tokenizer import Tokenizer
-from omnistep.data.transform import Plaintext, Transform
+
+SHOWN = 10
+"""Of so many skipped records the user is told why; further ones are only counted."""
 
 Row = list[Piece]
 
@@ -34,26 +36,36 @@ Row = list[Piece]
 class _Tasks:
     """The DataLoader's sampler: whatever is to be read next. Set before each iteration."""
 
-    pending: Iterable[Task] = ()
+    pending: Iterable[Task | None] = ()
 
-    def __iter__(self) -> Iterator[Task]:
+    def __iter__(self) -> Iterator[Task | None]:
         return iter(self.pending)
 
 
 @define(eq=False)
 class Loader:
-    """Batches of a source. Holds worker processes, started at once: they end with the object.
+    """Batches of what a reader reads. Holds worker processes, started at once: they end with the
+    object.
 
     One iteration at a time: starting another ends the one before. For training and evaluation
     side by side, make two loaders.
+
+    Several ranks read together: each tokenises every ranks-th block and gives it to the others.
+    So all of them plan the same rows, and each takes its own; they must iterate in step.
     """
 
     config: LoaderConfig
-    reader: BlockReader
+    reader: Reader
     pad_id: int
+    ranks: Ranks = ALONE
+    warn: Callable[[str], None] = print
+    """Is told of records that are skipped."""
     _tasks: _Tasks = field(init=False, repr=False, factory=_Tasks)
     _blocks: Any = field(init=False, repr=False)
     _iteration: int = field(init=False, repr=False, default=0)
+    _ended: set[tuple[int | None, int]] = field(init=False, repr=False, factory=set)
+    """Shards (epoch, shard) the last block of which has arrived."""
+    _shown: int = field(init=False, repr=False, default=0)
 
     def __attrs_post_init__(self) -> None:
         workers = self.config.num_workers
@@ -102,14 +114,13 @@ class Loader:
 
     def count_pieces(self) -> int:
         """Pieces of an epoch, by one pass through the workers: the length of padded data."""
-        return sum(self._results(self._one_pass(count_only=True)))
+        return sum(answer.pieces for answer in self._answers(self._one_pass(count=True)))
 
-    def made_with(self) -> dict[str, int]:
+    def made_with(self) -> dict[str, int | float | str]:
         """What the stream of rows depends on, besides the content of the samples."""
         return {
-            "the number of samples": len(self.reader.source),
+            **self.reader.made_of(),
             "train.seed": self.config.seed,
-            "block_samples": self.reader.samples,
             "data.max_seq_len": self.config.max_seq_len,
             "tokens of a row": self.config.limits.budget,
             "pieces of a row": self.config.limits.most,
@@ -128,7 +139,8 @@ class Loader:
         """Gathers rows into steps. A padded step does not reach over the end of an epoch."""
         step: list[Row] = []
         number, at = state.step, state
-        whole = state.block == state.row == state.piece == 0  # this epoch is read from its start
+        # whether this epoch is read from its start
+        whole = state.shard == state.block == state.row == state.piece == 0
         nothing_yet = True
         for row, after in self._rows(state):
             if not self.config.packed and after.epoch != at.epoch:
@@ -151,84 +163,140 @@ class Loader:
 
     def _rows(self, state: DataState) -> Iterator[tuple[Row, DataState]]:
         """The rows from `state` on; each with the position after it (but not the step)."""
-        first_row, first_piece, given = state.row, state.piece, 0
+        first_row, first_piece, rows_given = state.row, state.piece, 0
+        given = [list(counts) for counts in state.given or [(0, 0)] * len(self.reader.names)]
+        skipped, cut = state.skipped, state.cut
+        known = state.row > 0 or state.piece > 0  # the first block's losses are counted in `state`
         held = self._read_again(state.held)
-        for arrival in self._arrivals(self._forever(state.epoch, state.block), held):
+        for arrival in self._arrivals(self._forever(state), held, state.arrival):
             if first_row > len(arrival.rows):
                 raise DataError(
                     f"the data position is row {first_row} of a block that now has "
                     f"{len(arrival.rows)}: the data or the tokenizer changed since the checkpoint"
                 )
+            if not known:
+                skipped, cut = skipped + arrival.losses.skipped, cut + arrival.losses.cut
+                self._show(arrival.losses.reasons)
+            known = False
             waiting = tuple(piece.at for piece in arrival.held)
             for number in range(first_row, len(arrival.rows)):
                 rest, taken = arrival.rows[number][first_piece:], first_piece
                 while rest:
-                    budget = self.config.budget(state.step + given // self._step_rows)
+                    budget = self.config.budget(state.step + rows_given // self._step_rows)
                     fit = prefix([len(piece.ids) for piece in rest], budget)
                     row, rest = rest[:fit], rest[fit:]
-                    taken, given = taken + fit, given + 1
+                    taken, rows_given = taken + fit, rows_given + 1
+                    self._count(row, given)
                     yield (
                         row,
                         attrs.evolve(
                             state,
                             epoch=arrival.epoch,
+                            shard=arrival.shard,
                             block=arrival.block,
+                            arrival=arrival.number,
                             row=number if rest else number + 1,
                             piece=taken if rest else 0,
                             held=waiting,
+                            given=tuple((samples, tokens) for samples, tokens in given),
+                            skipped=skipped,
+                            cut=cut,
                         ),
                     )
                 first_piece = 0
             first_row = 0
 
-    def _read_again(self, held: Iterable[PieceId]) -> list[Piece]:
+    def _count(self, row: Row, given: list[list[int]]) -> None:
+        for piece in row:
+            _, sample, number = piece.at
+            counts = given[self.reader.part_of(sample)]
+            counts[0] += number == 0
+            counts[1] += len(piece.ids)
+
+    def _show(self, reasons: Sequence[str]) -> None:
+        for reason in reasons[: SHOWN - self._shown]:
+            self._shown += 1
+            self.warn(f"skipped (data.bad_records): {reason}")
+            if self._shown == SHOWN:
+                self.warn("further records that are skipped are only counted")
+
+    def _read_again(self, held: Sequence[PieceId]) -> list[Piece]:
         """The pieces of these ids, from the source."""
-        made: dict[int, list[Any]] = {}
+        made = self.reader.pieces_of([sample for _, sample, _ in held])
         pieces = []
         for at in held:
-            _, _, sample, number = at
-            if sample not in made:
-                made[sample] = self.reader.pieces_of(sample)
-            if number >= len(made[sample]):
+            _, sample, number = at
+            if number >= len(made.get(sample, ())):
                 raise DataError(
                     f"the data position holds piece {number} of sample {sample}, which now has "
-                    f"{len(made[sample])}: the data or the tokenizer changed since the checkpoint"
+                    f"{len(made.get(sample, ()))}: the data or the tokenizer changed since the "
+                    "checkpoint"
                 )
             tokens = made[sample][number]
             pieces.append(Piece(tokens.ids, tokens.learn, at=at))
         return pieces
 
-    def _one_pass(self, count_only: bool = False) -> Iterator[Task]:
-        return (Task(None, block, count_only) for block in range(len(self.reader)))
+    def _one_pass(self, count: bool = False) -> Iterator[Task]:
+        for shard in range(self.reader.shards):
+            for task in self._shard(None, shard, 0):
+                yield attrs.evolve(task, count=count)
 
-    def _forever(self, epoch: int, block: int) -> Iterator[Task]:
-        blocks = len(self.reader)
-        return (Task(at // blocks, at % blocks) for at in count(epoch * blocks + block))
+    def _forever(self, state: DataState) -> Iterator[Task]:
+        epoch, shard, block = state.epoch, state.shard, state.block
+        while True:
+            for number in range(shard, self.reader.shards):
+                yield from self._shard(epoch, number, block)
+                block = 0
+            epoch, shard = epoch + 1, 0
 
-    def _arrivals(self, tasks: Iterable[Task], held: Iterable[Piece]) -> Iterator[Arrival]:
-        blocks, barren = len(self.reader), 0
-        for arrival in arrivals(self._results(tasks), list(held), self.config.limits, blocks):
-            barren = 0 if arrival.pieces or arrival.rows else barren + 1
-            if barren == blocks:
-                raise DataError("the data is empty: no sample gave a single token")
+    def _shard(self, epoch: int | None, shard: int, block: int) -> Iterator[Task]:
+        """Where a shard's length is not known, tasks go on until its end has arrived."""
+        for task in blocks_of(self.reader, epoch, shard, block):
+            if (epoch, shard) in self._ended:
+                return
+            yield task
+
+    def _arrivals(
+        self, tasks: Iterable[Task], held: Iterable[Piece], number: int = 0
+    ) -> Iterator[Arrival]:
+        epoch, found = None, False
+        for arrival in arrivals(self._answers(tasks), list(held), self.config.limits, number):
+            if epoch not in (None, arrival.epoch) and not found:
+                break
+            found = found or arrival.pieces > 0 or bool(arrival.rows)
+            epoch = arrival.epoch
             yield arrival
+        if not found:
+            raise DataError("the data is empty: no sample gave a single token")
 
-    def _results(self, tasks: Iterable[Task]) -> Iterator[Any]:
-        """What the workers return, in the order of the tasks."""
+    def _answers(self, tasks: Iterable[Task]) -> Iterator[Any]:
+        """What the workers of all ranks return, in the order of the tasks."""
         if self._blocks is None:
             raise RuntimeError("the loader was closed; make another")
         self._iteration += 1
         mine = self._iteration
-        self._tasks.pending = tasks
-        for result in self._blocks:
-            if isinstance(result, Failure):
-                raise DataError(result.message)
-            yield result
-            if mine != self._iteration:
-                raise RuntimeError(
-                    "this iteration over the loader has ended: another was started, or the "
-                    "loader was closed. Make a second loader to read side by side"
-                )
+        self._ended.clear()
+        self._tasks.pending = self._share(tasks)
+        for own in self._blocks:
+            for answer in self.ranks.gather(own):
+                if isinstance(answer, Failure):
+                    raise DataError(answer.message)
+                if answer is None or (answer.task.epoch, answer.task.shard) in self._ended:
+                    continue
+                if answer.last:
+                    self._ended.add((answer.task.epoch, answer.task.shard))
+                yield answer
+                if mine != self._iteration:
+                    raise RuntimeError(
+                        "this iteration over the loader has ended: another was started, or the "
+                        "loader was closed. Make a second loader to read side by side"
+                    )
+
+    def _share(self, tasks: Iterable[Task]) -> Iterator[Task | None]:
+        """This rank's part of each round of tasks, one a rank; None where a round is not full."""
+        tasks = iter(tasks)
+        while batch := list(islice(tasks, self.ranks.size)):
+            yield batch[self.ranks.rank] if self.ranks.rank < len(batch) else None
 
     def _batch(self, step: list[Row]) -> Batch:
         """This rank's rows of a step; rows that are missing are padding."""
@@ -246,29 +314,19 @@ class Loader:
 
 
 def make_loader(
-    source: Source,
+    reader: Reader,
     tokenizer: Tokenizer,
     config: LoaderConfig,
-    transform: Transform | None = None,
+    ranks: Ranks = ALONE,
+    warn: Callable[[str], None] = print,
 ) -> Loader:
-    """A loader of `source`; by default plaintext. `transform` makes pieces of at most
-    `config.longest_piece` tokens.
+    """A loader of what `reader` reads, with `config`'s rules.
 
     Make it before anything imports jax (orbax does) or touches CUDA: its workers are then forked
     in milliseconds; after that they come from a clean fork server, which takes seconds.
     """
-    transform = transform or Plaintext(tokenizer, config.longest_piece, config.text_keys)
-    reader = BlockReader(
-        source=source,
-        transform=transform,
-        samples=config.block_samples or getattr(source, "block_samples", BLOCK_SAMPLES),
-        seed=config.seed,
-        limits=config.limits,
-        packs=config.dyn_bsz_runtime == "worker",
-        longest=config.longest_piece,
-    )
     pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
-    return Loader(config, reader, pad_id)
+    return Loader(config, reader, pad_id, ranks, warn)
 
 
 def _identity(result: Any) -> Any:

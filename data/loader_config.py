@@ -2,11 +2,10 @@
 
 from typing import Literal
 
-from attrs import field, frozen
+from attrs import frozen
 
 from omnistep.data.assemble import most_pieces
-from omnistep.data.blocks import PackLimits
-from omnistep.data.source import key_names
+from omnistep.data.blocks import BlockRules, PackLimits
 
 
 @frozen(kw_only=True)
@@ -26,22 +25,19 @@ class LoaderConfig:
     seed: int = 42
     drop_last: bool = True
     """Of padded batches. Packed rows go on over the end of an epoch: there is no last batch."""
-    text_keys: tuple[str, ...] = field(default=("content_split",), converter=key_names)
     num_workers: int = 0
     prefetch_factor: int = 2
     """blocks in flight per worker"""
     pin_memory: bool = False
     """Has an effect where CUDA is available."""
-    block_samples: int | None = None
-    """Samples of a block, the unit of a worker's work; None: what suits the source. The batches
-    depend on it."""
+    bad_records: Literal["stop", "skip"] = "stop"
     data_rank: int = 0
     data_ranks: int = 1
 
     def __attrs_post_init__(self) -> None:
         at_least_one = ("max_seq_len", "micro_batch_size", "accumulate", "prefetch_factor")
-        for name in (*at_least_one, "block_samples", "data_ranks"):
-            if (value := getattr(self, name)) is not None and value < 1:
+        for name in (*at_least_one, "data_ranks"):
+            if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if self.rmpad and self.rmpad_with_pos_ids:
             raise ValueError("train.rmpad and train.rmpad_with_pos_ids are both true; choose one")
@@ -81,6 +77,15 @@ class LoaderConfig:
     def limits(self) -> PackLimits:
         budget = self.row_tokens - self.dyn_bsz_margin
         return PackLimits(budget, most_pieces(self.row_tokens) if self.packed else 1)
+
+    @property
+    def rules(self) -> BlockRules:
+        return BlockRules(
+            limits=self.limits,
+            packs=self.dyn_bsz_runtime == "worker",
+            longest=self.longest_piece,
+            skips=self.bad_records == "skip",
+        )
 
     @property
     def longest_piece(self) -> int:

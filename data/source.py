@@ -11,7 +11,7 @@ from attrs import field, frozen
 
 from omnistep.data.cache import CODECS
 from omnistep.data.errors import DataError
-from omnistep.data.formats import ENDINGS, ending_of, index_file, stream_file
+from omnistep.data.formats import ENDINGS, ending_of, form_of, index_file, stream_file
 from omnistep.data.readers import Reader, Record, Unread
 from omnistep.data.text_file import TextFile
 
@@ -39,6 +39,8 @@ class Files:
     readers: tuple[Reader, ...] = field(repr=False)
     starts: tuple[int, ...] = field(repr=False)
     """Records before each file, and the total."""
+    bytes: int
+    """of all files"""
 
     @property
     def block_samples(self) -> int:
@@ -70,9 +72,18 @@ class FileStream:
     paths: tuple[str, ...]
     keys: tuple[str, ...]
 
-    def open(self, path: str) -> Iterator[Unread]:
+    @property
+    def files(self) -> int:
+        return len(self.paths)
+
+    @property
+    def only_text(self) -> bool:
+        """Whether all records are parts of a .txt."""
+        return all(form_of(path)[0] == ".txt" for path in self.paths)
+
+    def open(self, file: int) -> Iterator[Unread]:
         """The records of one of the files; see formats.stream_file."""
-        return stream_file(path, self.keys)
+        return stream_file(self.paths[file], self.keys)
 
 
 def open_source(
@@ -96,7 +107,7 @@ def open_source(
     if starts[-1] == 0:
         names = ", ".join(paths[:5]) + (", …" if len(paths) > 5 else "")
         raise DataError(f"{argument} {path!r}: the data is empty, no record in {names}")
-    return Files(tuple(paths), readers, starts)
+    return Files(tuple(paths), readers, starts, sum(Path(name).stat().st_size for name in paths))
 
 
 def open_stream(
@@ -123,7 +134,7 @@ def readable_files(path: str, *, argument: str) -> list[str]:
     for name in paths:
         if ending_of(name) is None:
             ending = Path(name).suffix
-            if ending in CODECS:
+            if ending.lower() in CODECS:
                 ending = Path(name).with_suffix("").suffix + ending
             raise DataError(f"{name}: cannot read a file ending in {ending!r}; {_allowed()}")
     return paths

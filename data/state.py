@@ -8,27 +8,37 @@ from attrs import field, frozen
 
 from omnistep.data.errors import DataError
 
-PieceId = tuple[int, int, int, int]
-"""epoch, block (of that epoch's order), sample (in the source), piece (of that sample)"""
+PieceId = tuple[int, int, int]
+"""arrival (which block of the run brought it), sample (in the source), piece (of that sample)"""
 
 
 @frozen
 class DataState:
     """What has been given so far; from it the stream goes on identically, by rereading one block
-    and the samples of the held pieces, whatever the number of workers and data ranks."""
+    and the samples of the held pieces, whatever the number of workers and ranks."""
 
     step: int = 0
     """Batches given: bsz_warmup counts them."""
     epoch: int = 0
+    shard: int = 0
+    """The shard of the epoch's order, and"""
     block: int = 0
-    """The block of the epoch's order from which the last row came."""
+    """the block of the shard, from which the last row came."""
+    arrival: int = 0
+    """Which block of the run that is."""
     row: int = 0
     """Rows given of those planned when that block arrived."""
     piece: int = 0
     """Pieces given of the next row (bsz_warmup gives rows in parts)."""
     held: tuple[PieceId, ...] = ()
     """Pieces of earlier blocks that waited for room when that block arrived, oldest first."""
-    made_with: Mapping[str, int] = field(factory=dict)
+    given: tuple[tuple[int, int], ...] = ()
+    """Samples and tokens given of each of the sources that are mixed."""
+    skipped: int = 0
+    """Records that could not be read as training data, in the blocks read so far."""
+    cut: int = 0
+    """Samples cut to the length of a row."""
+    made_with: Mapping[str, int | float | str] = field(factory=dict)
     """What the stream's plan depends on; empty at the start."""
 
     def to_json(self) -> dict[str, Any]:
@@ -36,6 +46,7 @@ class DataState:
         return {
             **attrs.asdict(self, recurse=False),
             "held": [list(piece) for piece in self.held],
+            "given": [list(counts) for counts in self.given],
             "made_with": dict(self.made_with),
         }
 
@@ -45,14 +56,11 @@ class DataState:
         names = {attribute.name for attribute in attrs.fields(DataState)}
         if set(value) != names:
             raise DataError(f"a data position has the fields {sorted(names)}; got {sorted(value)}")
-        held = tuple(
-            (int(epoch), int(block), int(sample), int(piece))
-            for epoch, block, sample, piece in value["held"]
-        )
-        return DataState(**{**value, "held": held})
+        held, given = (tuple(map(tuple, value[name])) for name in ("held", "given"))
+        return DataState(**{**value, "held": held, "given": given})
 
 
-def check_made_with(state: DataState, now: Mapping[str, int]) -> None:
+def check_made_with(state: DataState, now: Mapping[str, int | float | str]) -> None:
     """Raises DataError, naming the difference, when `state` belongs to another stream."""
     before = state.made_with
     changed = [

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from attrs import frozen
 
-from omnistep.data.blocks import Block, PackLimits, Piece
+from omnistep.data.blocks import Block, Losses, PackLimits, Piece
 from omnistep.data.pack import pack
 
 WAIT_BLOCKS = 8
@@ -16,36 +16,40 @@ class Arrival:
     """The rows that could be planned when a block arrived."""
 
     epoch: int
+    shard: int
     block: int
+    number: int
+    """of blocks that arrived before"""
     held: tuple[Piece, ...]
     """what waited before"""
     rows: list[list[Piece]]
     pieces: int
     """new in this block"""
+    losses: Losses
 
 
 def arrivals(
-    blocks: Iterable[Block], held: Sequence[Piece], limits: PackLimits, per_epoch: int
+    blocks: Iterable[Block], held: Sequence[Piece], limits: PackLimits, number: int = 0
 ) -> Iterator[Arrival]:
     """Pure: the same blocks and held pieces give the same rows, wherever the blocks were packed.
 
     First the rows with pieces that have waited, then the block's own. Where the blocks end, what
-    is still held comes in a last arrival. `per_epoch`: blocks of an epoch.
+    is still held comes in a last arrival. `number`: of the first block in the run.
     """
-    epoch = block_number = 0
-    for block in blocks:
-        new = block.pieces()
+    epoch = 0
+    for number, block in enumerate(blocks, number):  # noqa: B020 (it starts at the number given)
+        new = block.pieces(number)
         full, left = block.plan or pack([len(p.ids) for p in new], limits.budget, limits.most)
-        epoch, block_number = block.task.epoch or 0, block.task.block
-        oldest = epoch * per_epoch + block_number - WAIT_BLOCKS
-        due = sum(piece.at[0] * per_epoch + piece.at[1] <= oldest for piece in held)
+        due = sum(piece.at[0] <= number - WAIT_BLOCKS for piece in held)
         rows, still = _repack([*held, *(new[i] for i in left)], limits, due)
         rows += [[new[i] for i in row] for row in full]
-        yield Arrival(epoch, block_number, tuple(held), rows, len(new))
+        task, epoch = block.task, block.task.epoch or 0
+        place = (epoch, task.shard, task.block, number)
+        yield Arrival(*place, tuple(held), rows, len(new), block.losses)
         held = still
     if held:
         rows, _ = _repack(held, limits, due=len(held))
-        yield Arrival(epoch, block_number + 1, tuple(held), rows, 0)
+        yield Arrival(epoch, 0, 0, number + 1, tuple(held), rows, 0, Losses())
 
 
 def _repack(

@@ -5,8 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 from attrs import field, frozen
+from jaxtyping import Int32, Int64
 
 from omnistep.data.errors import DataError
 
@@ -28,6 +30,15 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Ids of `text`; by default no BOS or EOS is put around it."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_with_offsets(
+        self, text: str
+    ) -> tuple[Int32[np.ndarray, "tokens"], Int64[np.ndarray, "tokens 2"]]:
+        """Ids of `text` without BOS or EOS around it, and for each token the characters it covers:
+        from, to."""
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        return np.array(encoding.ids, np.int32), offsets
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)

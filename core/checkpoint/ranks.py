@@ -33,7 +33,7 @@ class Ranks:
         except Exception as error:
             failure = error
         mine = None if failure is None else str(failure) or type(failure).__name__
-        reasons = [(rank, text) for rank, text in enumerate(self._gather(mine)) if text is not None]
+        reasons = [(rank, text) for rank, text in enumerate(self.gather(mine)) if text is not None]
         if not reasons:
             return
         rank, text = reasons[0]
@@ -41,16 +41,20 @@ class Ranks:
         others = f" (and {len(reasons) - 1} more ranks failed)" if len(reasons) > 1 else ""
         raise CheckpointError(where + text + others) from failure
 
-    def _gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        dist.allgather_object(values, value, group=self.group)
         return values
 
     def close(self) -> None:
         if self.group is not None and dist.is_initialized():
             dist.destroy_process_group(self.group)
+
+
+ALONE = Ranks(0, 1, None)
 
 
 def all_ranks() -> Ranks:
@@ -60,5 +64,5 @@ def all_ranks() -> Ranks:
     collectives. Collective where torch.distributed is initialised.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return Ranks(0, 1, None)
+        return ALONE
     return Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))

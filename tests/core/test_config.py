@@ -108,6 +108,8 @@ infer.max_tokens | int | 1024
 """The contract: name, type or choices, default (`=` where it follows from others)."""
 
 ADDED = {
+    "data.bad_records",
+    "data.shuffle_buffer",
     *("data.eval_path", "train.compute_dtype", "train.eval_steps", "train.keep_checkpoints"),
     *(
         "train.max_skipped_steps",
@@ -195,10 +197,7 @@ OTHER = {
     "model.decoders": '{"image": {}}',
     "model.input_encoder": "decoder",
     "model.output_encoder": "encoder",
-    "data.data_type": "conversation",
-    "data.datasets_type": "iterable",
     "data.image_keys": "picture",
-    "data.chat_template": "chatml",
     "train.activation_gpu_limit": "2",
 }
 
@@ -211,14 +210,11 @@ def test_what_is_not_available_yet_says_so(name: str):
     assert f"not available yet (only {shown(NOT_YET[name][0])})" in message
 
 
-def test_an_unavailable_default_says_what_to_set():
-    args = attrs.evolve(valid(), data=DataArguments(train_path="x"))
-    with pytest.raises(ConfigError, match=r"\(default\): not available yet.*data_type: plaintext"):
-        resolve(args, world_size=1, cuda=False)
-
-
-def test_custom_datasets_are_not_available_yet():
-    assert "not available yet" in one("--data.datasets_type=my.data:source")
+def test_custom_datasets_are_named_by_a_dotted_path(monkeypatch):
+    assert "did you mean iterable" in one("--data.datasets_type=iterabel")
+    path = "my.data:source"
+    args = attrs.evolve(valid(), data=attrs.evolve(valid().data, datasets_type=path))
+    assert resolve(args, world_size=1, cuda=False).data.datasets_type == path
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,11 @@ import torch
 from hypothesis import strategies as st
 
 from omnistep.core.batch import segment_starts
+from omnistep.core.checkpoint.ranks import ALONE
 from omnistep.data.loader import make_loader
 from omnistep.data.loader_config import LoaderConfig
+from omnistep.data.mapping import MappingReader, Part
+from omnistep.data.order import Shuffled
 from omnistep.data.readers import Record
 from omnistep.data.tokenizer import Tokenizer
 from omnistep.data.transform import Tokens
@@ -45,8 +48,15 @@ def pieces_of(record):
     ]
 
 
-def loader_of(samples, **config):
-    return make_loader(Made(samples), TOKENIZER, LoaderConfig(**config), transform=pieces_of)
+def reader_of(source, config, transform=pieces_of, block_samples=8):
+    order = Shuffled(len(source), config.seed)
+    return MappingReader((Part("data", source, transform),), order, block_samples, config.rules)
+
+
+def loader_of(samples, *, block_samples=8, transform=pieces_of, ranks=ALONE, **config):
+    config = LoaderConfig(**config)
+    reader = reader_of(Made(samples), config, transform, block_samples)
+    return make_loader(reader, TOKENIZER, config, ranks)
 
 
 def take(loader, count, state=None):

@@ -335,3 +335,11 @@ def test_a_reader_survives_a_fork(tmp_path, ending):
         assert file.read() == b"same"
     assert os.waitpid(child, 0)[1] == 0
     assert [reader[i] for i in range(49, -1, -1)] == expected
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".arrow"])
+def test_tools_belong_to_a_conversation(tmp_path, ending):
+    table = pa.table({"tools": ["[]"], "other": [1], "text": ["a"]})
+    path = tmp_path / f"a{ending}"
+    pq.write_table(table, path) if ending == ".parquet" else write_arrow(path, table)
+    assert [r.content for r in both(path)] == [{"text": "a", "tools": "[]"}]

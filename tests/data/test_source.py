@@ -117,9 +117,19 @@ def test_a_directory_of_every_format(tmp_path, monkeypatch):
         source.path_of(len(names))
     stream = open_stream(f"{tmp_path}/*.*", KEYS)
     assert stream.paths == source.paths
-    records = [unread() for path in stream.paths for unread in stream.open(path)]
+    assert not stream.only_text
+    records = [unread() for i in range(stream.files) for unread in stream.open(i)]
     assert records == [source[i] for i in range(len(source))]
     assert pickle.loads(pickle.dumps(stream)) == stream
+
+
+def test_endings_in_capitals(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMNISTEP_CACHE", str(tmp_path / "cache"))
+    write(tmp_path / "a.jsonl.gz", [{"text": "a", "other": ""}])
+    (tmp_path / "a.jsonl.gz").rename(tmp_path / "A.JSONL.GZ")
+    (tmp_path / "B.TXT").write_text("b")
+    assert texts(open_source(str(tmp_path), KEYS)) == ["a", "b"]
+    assert open_stream(str(tmp_path / "B.TXT"), KEYS).only_text
 
 
 def test_what_hugging_face_writes_beside_arrow_is_left_out(tmp_path):

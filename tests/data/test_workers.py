@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from omnistep.data.errors import DataError
-from omnistep.data.loader import _start_context, make_loader
-from omnistep.data.loader_config import LoaderConfig
+from omnistep.data.loader import _start_context
 from omnistep.data.transform import Tokens
-from tests.data.made import LENGTHS, PACKED, PAD, TOKENIZER, Made, loader_of, pieces_of, same, take
+from tests.data.made import LENGTHS, PACKED, PAD, loader_of, pieces_of, same, take
 
 
 @pytest.mark.parametrize("runtime", ["worker", "main"])
@@ -57,8 +56,8 @@ def group(record):
 
 def test_signals_to_the_group_do_not_reach_workers():
     """Ctrl-C and a scheduler's SIGTERM are for the main process to act on."""
-    config = LoaderConfig(max_seq_len=4, num_workers=1)
-    (batch, _), *_ = take(make_loader(Made(LENGTHS), TOKENIZER, config, transform=group), 1)
+    loader = loader_of(LENGTHS, max_seq_len=4, num_workers=1, transform=group)
+    (batch, _), *_ = take(loader, 1)
     assert batch.tokens[0, 0] != os.getpgrp()
 
 
@@ -110,14 +109,12 @@ def killed(record):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_record_ends_the_run_with_its_own_message(workers):
-    config = LoaderConfig(**PACKED, num_workers=workers)
-    loader = make_loader(Made(LENGTHS), TOKENIZER, config, transform=bad)
+    loader = loader_of(LENGTHS, **PACKED, num_workers=workers, transform=bad)
     with pytest.raises(DataError, match=r"^corpus\.jsonl, line 34: not JSON$"):
         take(loader, 100)
 
 
 def test_a_killed_worker_ends_the_run():
-    config = LoaderConfig(**PACKED, num_workers=1)
-    loader = make_loader(Made(LENGTHS), TOKENIZER, config, transform=killed)
+    loader = loader_of(LENGTHS, **PACKED, num_workers=1, transform=killed)
     with pytest.raises(RuntimeError, match=r"DataLoader worker .* (killed|exited)"):
         take(loader, 1)

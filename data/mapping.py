@@ -1,0 +1,105 @@
+"""Blocks of sources with random access, in a seeded order."""
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from itertools import accumulate
+
+from attrs import field, frozen
+
+from omnistep.data.blocks import Answer, BlockRules, Task, answer, checked
+from omnistep.data.errors import DataError
+from omnistep.data.order import Order
+from omnistep.data.source import Source
+from omnistep.data.transform import Conversation, Tokens, Transform
+
+
+@frozen(eq=False)
+class Part:
+    """A source, and what makes pieces of its records."""
+
+    name: str
+    source: Source
+    transform: Transform
+
+
+@frozen(eq=False)
+class MappingReader:
+    """A blocks.Reader. The samples are numbered one part after another."""
+
+    parts: tuple[Part, ...]
+    order: Order
+    samples: int
+    """of a block"""
+    rules: BlockRules
+    shards: int = field(default=1, init=False)
+    _firsts: tuple[int, ...] = field(init=False)
+    """The number of each part's first sample, and of all samples."""
+
+    @_firsts.default
+    def _(self) -> tuple[int, ...]:
+        return tuple(accumulate((len(part.source) for part in self.parts), initial=0))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(part.name for part in self.parts)
+
+    @property
+    def blocks(self) -> int:
+        return -(-len(self.order) // self.samples)
+
+    @property
+    def pieces(self) -> int | None:
+        exact = all(isinstance(part.transform, Conversation) for part in self.parts)
+        return len(self.order) if exact and not self.rules.skips else None
+
+    @property
+    def text(self) -> str:
+        several = len(self.parts) > 1
+        counts = [f"{len(p.source)} of {p.name}" for p in self.parts] if several else []
+        mixed = f" ({', '.join(counts)})" if several else ""
+        return f"{self._firsts[-1]} samples{mixed}"
+
+    def __getitem__(self, task: Task | None) -> Answer | None:
+        if task is None:
+            return None
+        start = task.block * self.samples
+        if task.epoch is None:
+            order = list(range(start, min(start + self.samples, self._firsts[-1])))
+        else:
+            stop = min(start + self.samples, len(self.order))
+            order = self.order(task.epoch, start, stop).tolist()
+        made = {sample: self._try(sample) for sample in sorted(order)}  # disk order
+        pairs = ((sample, made[sample]) for sample in order)
+        return answer(task, task.block + 1 == self.blocks, pairs, self.rules)
+
+    def pieces_of(self, samples: Iterable[int]) -> dict[int, list[Tokens]]:
+        return {sample: self._pieces(sample) for sample in set(samples)}
+
+    def part_of(self, sample: int) -> int:
+        return bisect_right(self._firsts, sample) - 1
+
+    def made_of(self) -> dict[str, int | float | str]:
+        several = len(self.parts) > 1
+        counts = {
+            f"the number of samples{f' of {part.name}' if several else ''}": len(part.source)
+            for part in self.parts
+        }
+        sizes = [size for part in self.parts if (size := getattr(part.source, "bytes", None))]
+        found = {
+            **counts,
+            "samples of a block": self.samples,
+            "samples of an epoch": len(self.order),
+        }
+        return {**found, "bytes of the data": sum(sizes)} if sizes else found
+
+    def _try(self, sample: int) -> list[Tokens] | DataError:
+        try:
+            return self._pieces(sample)
+        except DataError as error:
+            return error
+
+    def _pieces(self, sample: int) -> list[Tokens]:
+        number = self.part_of(sample)
+        part = self.parts[number]
+        record = part.source[sample - self._firsts[number]]
+        return checked(part.transform(record), record.where, self.rules.longest)
