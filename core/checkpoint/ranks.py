@@ -46,7 +46,7 @@ class Ranks:
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.allgather_object(values, value, group=self.group)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def close(self) -> None:
