@@ -26,6 +26,55 @@ BESIDE = ("tools",)
 ARROW_FILE = b"ARROW1"
 
 
+@frozen(eq=False)
+class Rows:
+    """Decoded rows."""
+
+    columns: dict[str, Any]
+    check: bool
+    """One of them may be too long."""
+
+    def record(self, row: int, where: str) -> Record:
+        if self.check:
+            size = sum(_size(column.slice(row, 1)) for column in self.columns.values())
+            if size > LONGEST_RECORD:
+                raise too_long(where, size)
+        try:
+            return Record({name: col[row].as_py() for name, col in self.columns.items()}, where)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: not UTF-8 ({error})") from error
+
+
+def _rows(decoded: Any, names: tuple[str, ...]) -> Rows:
+    columns = {name: decoded.column(name) for name in names}
+    return Rows(columns, sum(map(_longest, columns.values())) > LONGEST_RECORD)
+
+
+def _longest(column: Any) -> int:
+    """Bytes that no value of a column has more than."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind, size = column.type, column.nbytes
+    if size <= LONGEST_RECORD // 8 or not (
+        pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    ):
+        return size
+    return pc.max(pc.binary_length(column)).as_py() or 0  # reads no more than the offsets
+
+
+def _size(cell: Any) -> int:
+    """Bytes of a column of one row."""
+    import pyarrow as pa
+
+    kind = cell.type
+    if pa.types.is_dictionary(kind):  # it would count all of the dictionary
+        cell = cell.cast(kind.value_type)
+    elif pa.types.is_string_view(kind):  # and this all of the buffers
+        cell = cell.cast(pa.large_string())
+    return cell.nbytes
+
+
 @attrs.define(eq=False)
 class Columns:
     """Random access to rows."""
@@ -36,7 +85,7 @@ class Columns:
     """int64 [groups + 1]: the number of rows before each group."""
     decode: Callable[[int], Any] = field(repr=False)
     """Group → its table or record batch. Picklable."""
-    _decoded: OrderedDict[int, Any] = field(factory=OrderedDict, init=False, repr=False)
+    _decoded: OrderedDict[int, Rows] = field(factory=OrderedDict, init=False, repr=False)
 
     def __getstate__(self) -> tuple[Any, ...]:
         return self.path, self.columns, self.firsts, self.decode
@@ -52,12 +101,12 @@ class Columns:
         group = int(self.firsts.searchsorted(index, side="right")) - 1
         row = index - int(self.firsts[group])
         where = f"{self.path}, row {index + 1}"
-        return _record(self._group(group, where), row, self.columns, where)
+        return self._group(group, where).record(row, where)
 
-    def _group(self, group: int, where: str) -> Any:
+    def _group(self, group: int, where: str) -> Rows:
         if group not in self._decoded:
             with _broken(where):
-                self._decoded[group] = self.decode(group)
+                self._decoded[group] = _rows(self.decode(group), self.columns)
             if len(self._decoded) > GROUPS:
                 self._decoded.popitem(last=False)
         self._decoded.move_to_end(group)
@@ -76,29 +125,6 @@ def _broken(where: str) -> Iterator[None]:
         raise DataError(f"{where}: cannot be decoded, the file is corrupt ({error})") from error
 
 
-def _record(rows: Any, row: int, columns: tuple[str, ...], where: str) -> Record:
-    if rows.nbytes > LONGEST_RECORD:
-        size = sum(_size(rows.column(name).slice(row, 1)) for name in columns)
-        if size > LONGEST_RECORD:
-            raise too_long(where, size)
-    try:
-        return Record({name: rows.column(name)[row].as_py() for name in columns}, where)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 ({error})") from error
-
-
-def _size(cell: Any) -> int:
-    """Bytes of a column of one row."""
-    import pyarrow as pa
-
-    kind = cell.type
-    if pa.types.is_dictionary(kind):  # it would count all of the dictionary
-        cell = cell.cast(kind.value_type)
-    elif pa.types.is_string_view(kind):  # and this all of the buffers
-        cell = cell.cast(pa.large_string())
-    return cell.nbytes
-
-
 def _wanted(path: str, keys: Sequence[str], present: Sequence[str]) -> tuple[str, ...]:
     """Those of `keys` a file has, and those that go with them."""
     columns = tuple(key for key in keys if key in present)
@@ -109,16 +135,17 @@ def _wanted(path: str, keys: Sequence[str], present: Sequence[str]) -> tuple[str
     return (*columns, *(key for key in BESIDE if key in present and key not in columns))
 
 
-def _rows(path: str, columns: tuple[str, ...], groups: Iterator[Any]) -> Iterator[Unread]:
+def _stream(path: str, columns: tuple[str, ...], groups: Iterator[Any]) -> Iterator[Unread]:
     before = 0
     while True:
         with _broken(f"{path}, after row {before}"):
-            rows = next(groups, None)
-        if rows is None:
-            return
-        for row in range(rows.num_rows):
-            yield partial(_record, rows, row, columns, f"{path}, row {before + row + 1}")
-        before += rows.num_rows
+            decoded = next(groups, None)
+            if decoded is None:
+                return
+            rows = _rows(decoded, columns)
+        for row in range(decoded.num_rows):
+            yield partial(rows.record, row, f"{path}, row {before + row + 1}")
+        before += decoded.num_rows
 
 
 @frozen
@@ -159,7 +186,7 @@ def stream_parquet(path: str, keys: Sequence[str]) -> Iterator[Unread]:
     with _open_parquet(path, buffer_size=1 << 16) as file:
         columns = _wanted(path, keys, file.schema_arrow.names)
         batches = file.iter_batches(STREAM_ROWS, columns=list(columns), use_threads=False)
-        yield from _rows(path, columns, batches)
+        yield from _stream(path, columns, batches)
 
 
 @frozen
@@ -257,4 +284,4 @@ def stream_arrow(path: str, keys: Sequence[str]) -> Iterator[Unread]:
     with _open_arrow(path) as (file, reader):
         columns = _wanted(path, keys, reader.schema.names)
         batches = (batch.select(list(columns)) for _, batch in _batches(file, reader))
-        yield from _rows(path, columns, batches)
+        yield from _stream(path, columns, batches)

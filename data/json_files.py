@@ -13,19 +13,21 @@ from omnistep.data.readers import put_back, without_mark
 from omnistep.data.spans import Layout, Syntax
 
 SPACES = b" \t\r\n"
+decode = json.JSONDecoder().decode
+"""As json.loads, without its look at its arguments."""
 ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def json_object(text: str) -> dict[str, Any]:
     """One record. ValueError: not JSON, not an object, or no text that UTF-8 can hold."""
     try:
-        content = json.loads(text)
+        content = decode(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({error}): {text[:80].strip()!r}") from error
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise ValueError(f"a JSON object is expected, this is a {kind}")
-    if ESCAPED_SURROGATE.search(text):
+    if "\\" in text and ESCAPED_SURROGATE.search(text):
         try:
             json.dumps(content, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError as error:

@@ -12,7 +12,7 @@ from attrs import frozen
 
 from omnistep.data.errors import DataError
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 19
 """Of a pass over a file: what is held at once is a few times this, and the record begun."""
 LONGEST_RECORD = 32 << 20
 """Bytes. A record longer than this is an error of its own, and is not read into memory."""

@@ -58,7 +58,7 @@ class Syntax:
 
     def read(self, name: str, number: int, offset: int, content: bytes) -> Record:
         """The record whose bytes stand at `offset`, or its DataError."""
-        where = self.where(name, number)
+        where = f"{name}, {self.unit} {number}"
         try:
             return Record(self.parse(content.decode("utf-8")), where)
         except UnicodeDecodeError as error:
