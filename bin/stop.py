@@ -16,6 +16,7 @@ RESUME_ME = 75
 INTERRUPTED = 130
 """Exit code after a second Ctrl-C, as shells have it: 128 + SIGINT."""
 
+ASKED = b"stopping: this step is finished and saved first; Ctrl-C once more ends at once\n"
 AT_ONCE = b"interrupted a second time: ended at once, without saving\n"
 
 
@@ -49,6 +50,8 @@ class Stop:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
             end_at_once(silent=self._silent)
+        if not (self.asked or self._silent):
+            os.write(2, ASKED)
         self.asked = True
 
 

@@ -32,7 +32,7 @@ from omnistep.core.checkpoint.shards import CheckpointError
 from omnistep.core.checkpoint.store import open_store
 from omnistep.core.config import TRAIN, Arguments, ConfigError
 from omnistep.core.config_help import help_text
-from omnistep.core.config_io import dump, load, wants_help
+from omnistep.core.config_io import changes, dump, load, wants_help
 from omnistep.core.logs import (
     METRICS_FILE,
     Logger,
@@ -120,13 +120,19 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
     say(build.describe(args, model, data, mesh))
 
     with ExitStack() as stack:
+        stack.callback(together.close)
         make_output_dir(output)
         store = open_store(output / "checkpoints", keep=train.keep_checkpoints or None)
         stack.callback(store.close)
         position = start(args, model, store, layout, optimizer, say)
         batches = data.loader.batches(position.data)  # refuses a checkpoint made with other data
-        if first:
-            dump(args, output / "recipe.yaml")
+        recipe, over = output / "recipe.yaml", position.step > data.total_steps
+        if over:
+            say(f"    over  step {position.step} is beyond {data.total_steps}: nothing to train")
+        if first and not (over and recipe.exists()):
+            for change in changes(args, recipe) if position.step else ():
+                say(f" changed  {change}")
+            dump(args, recipe)
             if position.step == 0:
                 (output / METRICS_FILE).unlink(missing_ok=True)  # of a run that never saved
         logger = stack.enter_context(
@@ -150,7 +156,8 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
                 loss = held_out_loss(eval_step, at.state.params, held_out, key, mesh)
                 logger.log(at.step, {"eval_loss": loss})
                 evaluated[at.step] = loss
-            logger.say(f"step {at.step}: held-out loss {evaluated[at.step]:.4f}")
+            else:
+                logger.say(f"step {at.step}: held-out loss {evaluated[at.step]:.4f}")
 
         # of a step that was saved, the evaluation may be missing: a kill came in between
         if position.step == 0 or _due(position.step, train.eval_steps):

@@ -131,7 +131,7 @@ class DataArguments:
     text_keys: Names | None = arg(
         None,
         "key of the text in a record, or a list: the first present wins",
-        otherwise="content_split or messages, by data_type",
+        otherwise="content_split or text, or messages, by data_type",
     )
     image_keys: Names = arg(
         "images", "key of the images in a record, or a list: the first present wins"
@@ -186,8 +186,10 @@ class TrainArguments:
         otherwise="train.micro_batch_size * data ranks",
     )
     num_train_epochs: int = arg(1, "passes over the data", POSITIVE)
-    rmpad: bool = arg(False, "pack samples into rows; boundaries travel as cu_seqlens")
-    rmpad_with_pos_ids: bool = arg(False, "pack samples into rows; boundaries travel as positions")
+    rmpad: bool = arg(False, "the same as rmpad_with_pos_ids, but boundaries travel as cu_seqlens")
+    rmpad_with_pos_ids: bool = arg(
+        False, "pack samples into full rows, no padding; attention never crosses samples"
+    )
     dyn_bsz_margin: int = arg(0, "tokens left free in each packed row", NOT_NEGATIVE)
     dyn_bsz_runtime: Literal["main", "worker"] = arg(
         "worker", "where packing runs: in the main process or the loader's workers"

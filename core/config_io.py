@@ -261,6 +261,21 @@ def to_yaml(args: Arguments) -> str:
     return yaml.dump(sections, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
+def changes(args: Arguments, path: Path) -> list[str]:
+    """What differs from the recipe at `path`, if there is one, as `name: old -> new`; of what a
+    run is made of, not of where it lies or goes on."""
+    if not path.is_file():
+        return []
+    before = parse([str(path)])
+    return [
+        f"{name}: {shown(value_of(before, name))} -> {shown(value_of(args, name))}"
+        for name in ARGUMENTS
+        if name.startswith(("model.", "data.", "train."))
+        and name not in ("train.load_checkpoint_path", "train.output_dir")
+        and value_of(before, name) != value_of(args, name)
+    ]
+
+
 def dump(args: Arguments, path: str | os.PathLike[str]) -> None:
     """Writes resolved arguments as the recipe that reproduces their run."""
     header = "# All arguments of a run, resolved: started from this file it is the same run.\n"

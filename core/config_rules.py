@@ -21,6 +21,7 @@ from omnistep.core.config import (
     DataArguments,
     InferArguments,
     ModelArguments,
+    Names,
     Problem,
     TrainArguments,
     value_of,
@@ -42,6 +43,11 @@ NOT_YET: Mapping[str, tuple[Any, ...]] = {
 }
 """Arguments not every value of which is available yet, and the values that are."""
 
+TEXT_KEYS: Mapping[str, Names] = {
+    "plaintext": ("content_split", "text"),
+    "conversation": "messages",
+}
+"""Where a record's text is, unless data.text_keys says so."""
 DATASETS = "omnistep.datasets"
 """The group of entry points under which an installed package registers datasets by name."""
 SHIPPED = "omnistep:"
@@ -79,7 +85,7 @@ def derive(args: Arguments, *, world_size: int, cuda: bool) -> Arguments:
 
     - every path to read: `omnistep:` is expanded
     - model.config_path: model.model_path; model.tokenizer_path: model_path, then config_path
-    - data.text_keys: content_split for plaintext, messages for conversation
+    - data.text_keys: content_split, then text, for plaintext; messages for conversation
     - train.global_batch_size: micro_batch_size * data ranks
     - train.init_device: cuda becomes cpu without a CUDA device
     - train.compute_dtype: bfloat16 on CUDA, float32 on CPU; without mixed precision it stays None
@@ -123,8 +129,7 @@ def _derive_model(model: ModelArguments) -> ModelArguments:
 
 
 def _derive_data(data: DataArguments) -> DataArguments:
-    by_type = "content_split" if data.data_type == "plaintext" else "messages"
-    return attrs.evolve(data, text_keys=data.text_keys or by_type)
+    return attrs.evolve(data, text_keys=data.text_keys or TEXT_KEYS[data.data_type])
 
 
 def _derive_train(

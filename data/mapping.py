@@ -8,7 +8,7 @@ from attrs import field, frozen
 
 from omnistep.data.blocks import Answer, BlockRules, Task, answer, checked
 from omnistep.data.errors import DataError
-from omnistep.data.order import Order
+from omnistep.data.order import Mixed, Order
 from omnistep.data.source import Source
 from omnistep.data.transform import Conversation, Tokens, Transform
 
@@ -80,17 +80,15 @@ class MappingReader:
 
     def made_of(self) -> dict[str, int | float | str]:
         several = len(self.parts) > 1
-        counts = {
+        found: dict[str, int | float | str] = {
             f"the number of samples{f' of {part.name}' if several else ''}": len(part.source)
             for part in self.parts
         }
-        sizes = [size for part in self.parts if (size := getattr(part.source, "bytes", None))]
-        found = {
-            **counts,
-            "samples of a block": self.samples,
-            "samples of an epoch": len(self.order),
-        }
-        return {**found, "bytes of the data": sum(sizes)} if sizes else found
+        if isinstance(self.order, Mixed):
+            found["the shares of the sources"] = " ".join(map(str, self.order.counts))
+        if sizes := [size for part in self.parts if (size := getattr(part.source, "bytes", None))]:
+            found["the bytes of the data"] = sum(sizes)
+        return {**found, "samples of a block": self.samples}
 
     def _try(self, sample: int) -> list[Tokens] | DataError:
         try:

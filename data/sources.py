@@ -13,7 +13,7 @@ import cattrs
 import yaml
 from attrs import frozen
 
-from omnistep.core.config_rules import DATASETS, expand_path
+from omnistep.core.config_rules import DATASETS, TEXT_KEYS, expand_path
 from omnistep.data.blocks import BlockRules, Reader
 from omnistep.data.chat import open_template
 from omnistep.data.errors import DataError
@@ -111,7 +111,7 @@ def _mixture(described: Described, tokenizer: Tokenizer, rules: BlockRules, seed
             if (value := getattr(entry, name)) is not None
         }
         if "data_type" in own and "text_keys" not in own:
-            own["text_keys"] = "content_split" if own["data_type"] == "plaintext" else "messages"
+            own["text_keys"] = TEXT_KEYS[own["data_type"]]
         argument = f"{described.path}, source {entry.name}"
         inner = attrs.evolve(described, path=entry.path, argument=argument, **own)
         source = open_source(inner.path, inner.text_keys, argument=argument)

@@ -33,6 +33,14 @@ _MESSAGES = frozenset(
         torch.ops._c10d_functional.all_to_all_single.default,
     }
 )
+_REARRANGE = frozenset(
+    {
+        torch.ops.aten._to_copy.default,
+        torch.ops.aten.cat.default,
+        torch.ops.aten.clone.default,
+        torch.ops._c10d_functional.wait_tensor.default,
+    }
+)
 
 
 def _policy(
@@ -42,9 +50,9 @@ def _policy(
         return CheckpointPolicy.MUST_RECOMPUTE
     if kept is not None:
         return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
-    # What only rearranges a gathered weight must not be kept in its place.
-    rearranges = op.is_view or op in (torch.ops.aten.cat.default, torch.ops.aten.clone.default)
-    if rearranges or op is torch.ops._c10d_functional.wait_tensor.default:
+    # What only casts or rearranges a weight, before or after it is gathered, must not be kept in
+    # its place.
+    if op.is_view or op in _REARRANGE:
         return CheckpointPolicy.PREFER_RECOMPUTE
     return CheckpointPolicy.PREFER_SAVE
 
@@ -72,7 +80,7 @@ def remat(
     kept = PRODUCTS | _MESSAGES | keep if mode == "selective" else None
     contexts = partial(create_selective_checkpoint_contexts, partial(_policy, kept, regather))
     # what the compiler's disk cache tells this policy from another by
-    names = sorted(map(str, kept or ()))
+    names = sorted(map(str, _REARRANGE if kept is None else kept))
     contexts.cache_hash = f"{mode} {names} {sorted(regather)}"  # pyright: ignore
     return partial(
         checkpoint, block, use_reentrant=False, preserve_rng_state=False, context_fn=contexts

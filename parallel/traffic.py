@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.futures import Future
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from omnistep.parallel.mesh import Mesh, destroy_groups, make_mesh
+from omnistep.parallel.mesh import AXES, Mesh, destroy_groups, make_mesh
 
 Kind = Literal[
     "all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute", "send", "receive"
@@ -89,6 +89,7 @@ def counted(sizes: dict[str, int], rank: int = 0) -> Iterator[tuple[Mesh, list[M
     """
     if dist.is_initialized():
         raise RuntimeError("messages can only be counted in a process that is not part of a job")
+    sizes = {axis: sizes[axis] for axis in AXES if axis in sizes}
     messages: list[Message] = []
     world = 1
     for size in sizes.values():

@@ -5,24 +5,31 @@ from typing import Any
 
 import torch.distributed as dist
 from attrs import frozen
+from torch.distributed import distributed_c10d as _c10d
 
 from omnistep.core.checkpoint.shards import CheckpointError
 
 
 @frozen
 class Ranks:
-    """This process among the others; `group` is None when it is alone."""
+    """This process among the others; `name` is None when it is alone."""
 
     rank: int
     size: int
-    group: Any
+    name: str | None
+    """Of the process group. The group itself is held by torch.distributed alone: one that is held
+    when the interpreter ends aborts the process."""
+
+    @property
+    def _group(self) -> Any:
+        return _c10d._resolve_process_group(self.name or "")
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
-        if self.group is None:
+        if self.name is None:
             return value
         box = [value]
-        dist.broadcast_object_list(box, group=self.group, group_src=0)
+        dist.broadcast_object_list(box, group=self._group, group_src=0)
         return box[0]
 
     def together(self, action: Callable[[], None]) -> None:
@@ -43,15 +50,15 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank."""
-        if self.group is None:
+        if self.name is None:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        dist.all_gather_object(values, value, group=self._group)
         return values
 
     def close(self) -> None:
-        if self.group is not None and dist.is_initialized():
-            dist.destroy_process_group(self.group)
+        if self.name is not None and dist.is_initialized():
+            dist.destroy_process_group(self._group)
 
 
 ALONE = Ranks(0, 1, None)
@@ -65,4 +72,5 @@ def all_ranks() -> Ranks:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return ALONE
-    return Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+    group = dist.new_group(backend="gloo")
+    return Ranks(dist.get_rank(), dist.get_world_size(), group.group_name)

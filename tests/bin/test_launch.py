@@ -23,7 +23,7 @@ from omnistep.bin.launch import (
     take_nproc,
 )
 from omnistep.bin.spawn import Verdict, blame, rank_environment, spawn
-from omnistep.bin.stop import AT_ONCE, INTERRUPTED, RESUME_ME
+from omnistep.bin.stop import ASKED, AT_ONCE, INTERRUPTED, RESUME_ME
 from omnistep.core.config import ConfigError
 from tests.bin.runs import ENVIRONMENT, ROOT, call, settings, wait_until, words
 
@@ -280,7 +280,7 @@ def test_asked_to_stop_all_ranks_stop_at_the_same_step(number, capfd, ready):
     thread.join()
     out, err = capfd.readouterr()
     assert out.splitlines() == ["rank 0 of 2", "the same step"]
-    assert err == ""
+    assert err == ASKED.decode()
 
 
 def test_interrupted_twice_they_end_at_once(capfd, ready):
@@ -289,7 +289,7 @@ def test_interrupted_twice_they_end_at_once(capfd, ready):
     assert spawn([*RANK, "stuck", "7"], 2) == INTERRUPTED
     thread.join()
     assert time.monotonic() - begun < 20
-    assert capfd.readouterr().err == AT_ONCE.decode()
+    assert capfd.readouterr().err == (ASKED + AT_ONCE).decode()
 
 
 def test_ranks_do_not_outlive_their_launcher(ready):
@@ -322,7 +322,7 @@ def test_one_process_interrupted_twice_ends_at_once():
         "    print('still there')\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=ENVIRONMENT)
-    assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, b"", AT_ONCE)
+    assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, b"", ASKED + AT_ONCE)
 
 
 # ---- the command ---------------------------------------------------------------------------

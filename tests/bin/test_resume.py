@@ -8,6 +8,7 @@ import time
 import pytest
 
 from omnistep.bin import train
+from omnistep.bin.stop import ASKED
 from omnistep.core.logs import read_metrics
 from tests.bin.runs import (
     PADDED,
@@ -94,7 +95,7 @@ def test_sigterm_saves_and_says_how_to_go_on(workers, files, tmp_path, zygote, u
     run.kill(signal.SIGTERM)
     result = run.wait()
     assert result.code == train.RESUME_ME == 75
-    assert result.err == ""
+    assert result.err == ASKED.decode()
     done = losses(output)
     assert 5 <= len(done) < STEPS
     assert saved_steps(output) == [len(done)]

@@ -75,7 +75,6 @@ def test_a_process_ends_with_the_message_and_its_code(files, tmp_path):
         ("--train.rmpad=true", r"rmpad_with_pos_ids.*one of them"),
         ("--train.expert_parallel_size=2", r"train\.expert_parallel_size = 2.*not available yet"),
         ("--train.tensor_parallel_size=2", r"train\.tensor_parallel_size = 2.*--nproc 2"),
-        ("--data.data_type=conversation", r'data\.data_type = "conversation" .*not available yet'),
         ("--train.dyn_bsz_margin=64", r"below the 64 tokens"),
         ("--train.lr", r"train\.lr.*needs a value"),
     ],

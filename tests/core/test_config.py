@@ -296,7 +296,7 @@ def test_paths_of_the_model_fall_back():
 
 
 @pytest.mark.parametrize(
-    ("kind", "keys"), [("plaintext", "content_split"), ("conversation", "messages")]
+    ("kind", "keys"), [("plaintext", ("content_split", "text")), ("conversation", "messages")]
 )
 def test_text_keys_follow_the_data_type(kind: Any, keys: str):
     assert derived(Arguments(data=DataArguments(data_type=kind))).data.text_keys == keys
@@ -365,7 +365,7 @@ def test_help_lists_every_argument_with_type_default_and_meaning(command: Comman
         assert "[recipe.yaml] [--nproc N]" in text
         assert "--train.lr NUMBER (default: 5e-05)" in text
         assert "--train.lr_decay_style constant|linear|cosine (default: cosine)" in text
-        assert "--data.text_keys NAMES (default: content_split or messages" in text
+        assert "--data.text_keys NAMES (default: content_split or text, or messages" in text
         assert "--train.expert_parallel_size INTEGER (default: 1; only 1 for now)" in text
 
 

@@ -1,15 +1,23 @@
-"""One real step on one of many pretended ranks, and what it sent."""
+"""One step on one of many ranks, pretended or real: what it sends, what it holds."""
 
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
+import attrs
 import torch
+from attrs import frozen
 
 from omnistep.core import optim, param, rng
 from omnistep.core.batch import Batch
+from omnistep.core.grad import LossOutput
 from omnistep.core.step import init_state, make_train_step
+from omnistep.core.tree import tree_leaves
 from omnistep.models import decoder
+from omnistep.parallel.layout import to_local
 from omnistep.parallel.mesh import Mesh
 from omnistep.parallel.traffic import Traffic, counted
+from tests.parallel.hollow import Ledger, Memory, hollow_kernels
 from tests.parallel.paper import Setting
 
 
@@ -20,14 +28,22 @@ def batch_of(s: Setting) -> Batch:
     return Batch(tokens, tokens, torch.ones(shape), positions=positions)
 
 
-def make_step(s: Setting, mesh: Mesh, *, compile: bool = True):
-    """(step, state, batch)"""
+def make_step(
+    s: Setting, mesh: Mesh, *, compile: bool = True, at_loss: Callable[[], Any] = lambda: None
+):
+    """(step, state, batch). at_loss is called between the layers and the loss."""
     tree = decoder.params(s.cfg)
     layout = param.make_layout(tree, mesh, s.strategy, s.compute, bucket=s.bucket)
     weights = param.initialize(tree, rng.key(0), s.weights, torch.device("cpu"), layout)
     optimizer = optim.adamw()
+    stages = decoder.make_stages(s.cfg, layout, mode=s.mode, compile=compile)
+
+    def last(*args: Any) -> LossOutput:
+        at_loss()
+        return stages.last(*args)
+
     step = make_train_step(
-        decoder.make_stages(s.cfg, layout, mode=s.mode, compile=compile),
+        attrs.evolve(stages, last=last),
         optimizer,
         lambda step: torch.full((), 1e-3),
         layout=layout,
@@ -44,3 +60,34 @@ def traffic_of(s: Setting, rank: int = 0, *, compile: bool = True) -> Traffic:
         assert not messages, "nothing is sent before the first step"
         step(state, batch)
         return Counter(messages)
+
+
+@frozen
+class Held:
+    """By one rank, in bytes, without the batch."""
+
+    state: int
+    kept: int
+    """What the layers' forward pass leaves for the backward pass."""
+    peak: int
+    """The most at one time, the state included."""
+
+
+def held(s: Setting, mesh: Mesh, memory: Memory, traffic: Traffic | None = None) -> Held:
+    """In the second step: the first one compiles. traffic: left with what that step sends."""
+    at_loss: list[int] = []
+    step, state, batch = make_step(s, mesh, at_loss=lambda: at_loss.append(memory.live))
+    state = step(state, batch)[0]
+    own = sum(to_local(x).nbytes for x in tree_leaves(state))
+    before = memory.live
+    memory.restart()
+    if traffic is not None:
+        traffic.clear()
+    step(state, batch)
+    return Held(own, at_loss[-1] - before, memory.peak - before + own)
+
+
+def pretended(s: Setting, rank: int = 0) -> tuple[Held, Traffic]:
+    """Of a compiled step on `rank`, without arithmetic and without memory."""
+    with counted(dict(s.sizes), rank) as (mesh, _), hollow_kernels(), Ledger(mesh) as ledger:
+        return held(s, mesh, ledger.memory, ledger.traffic), ledger.traffic

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 import attrs
 import pytest
 import torch
+import torch.distributed as dist
 
 from omnistep.models import decoder
-from omnistep.parallel.traffic import Traffic, totals
+from omnistep.parallel.collectives import all_reduce
+from omnistep.parallel.traffic import Message, Traffic, counted, totals
 from tests.parallel.counting import traffic_of
 from tests.parallel.hollow import hollow_kernels
 from tests.parallel.paper import Setting, minimum
@@ -59,6 +61,17 @@ def test_what_is_sent_is_the_minimum(name):
     ran, paper = traffic(setting), minimum(setting)
     assert not ran - paper, "sent, and not needed"
     assert not paper - ran, "needed, and not sent"
+
+
+def test_axes_of_a_message_do_not_depend_on_the_order_of_sizes():
+    with counted({"tp": 3, "dp_shard": 2}, rank=4) as (mesh, messages):
+        all_reduce(torch.ones(5), mesh.group("tp"))
+    assert messages == [Message("all_reduce", ("tp",), 3, 5, "float32")]
+
+
+def test_a_call_that_is_not_counted_raises():
+    with counted({"tp": 2}), pytest.raises(RuntimeError, match="No backend"):
+        dist.broadcast(torch.ones(1), 0)
 
 
 def test_one_rank_sends_nothing():
