@@ -9,22 +9,14 @@ from typing import Protocol
 
 from attrs import field, frozen
 
-from omnistep.data.archives import COMPRESSIONS, in_cache, is_array
+from omnistep.data.cache import CODECS
 from omnistep.data.errors import DataError
-from omnistep.data.file_stream import Unread, stream_file
-from omnistep.data.readers import (
-    Reader,
-    Record,
-    TextFile,
-    index_csv,
-    index_json_lines,
-    index_text,
-)
-from omnistep.data.tables import index_arrow, index_parquet
+from omnistep.data.formats import ENDINGS, ending_of, form_of, index_file, stream_file
+from omnistep.data.readers import Reader, Record, Unread
+from omnistep.data.text_file import TextFile
 
-ENDINGS = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".arrow")
-COMPRESSED = (".txt", ".jsonl", ".json", ".csv")
-"""Formats that may be compressed too, as in .jsonl.gz."""
+BESIDE_ARROW = ("dataset_info.json", "state.json")
+"""What Hugging Face `datasets` writes beside its .arrow files: not data."""
 
 BLOCK_SAMPLES = 64
 """Samples that are packed together, unless the source knows better: enough to fill rows well."""
@@ -43,6 +35,7 @@ class Source(Protocol):
 class Files:
     """The records of several files, one file after another."""
 
+    paths: tuple[str, ...]
     readers: tuple[Reader, ...] = field(repr=False)
     starts: tuple[int, ...] = field(repr=False)
     """Records before each file, and the total."""
@@ -59,10 +52,38 @@ class Files:
         return self.starts[-1]
 
     def __getitem__(self, index: int) -> Record:
+        file = self._file_of(index)
+        return self.readers[file][index - self.starts[file]]
+
+    def path_of(self, index: int) -> str:
+        """The file that record `index` is in."""
+        return self.paths[self._file_of(index)]
+
+    def _file_of(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        file = bisect_right(self.starts, index) - 1
-        return self.readers[file][index - self.starts[file]]
+        return bisect_right(self.starts, index) - 1
+
+
+@frozen
+class FileStream:
+    """Several files to be read from first to last record, without an index."""
+
+    paths: tuple[str, ...]
+    keys: tuple[str, ...]
+
+    @property
+    def files(self) -> int:
+        return len(self.paths)
+
+    @property
+    def only_text(self) -> bool:
+        """Whether all records are parts of a .txt."""
+        return all(form_of(path)[0] == ".txt" for path in self.paths)
+
+    def open(self, file: int) -> Iterator[Unread]:
+        """The records of one of the files; see formats.stream_file."""
+        return stream_file(self.paths[file], self.keys)
 
 
 def open_source(
@@ -75,87 +96,48 @@ def open_source(
 
     `path`: a file, a directory (the data files directly in it), a glob, or a comma-separated
     list of these; kinds may be mixed. Directories and globs are sorted by name; a file named
-    twice is read once. Compressed files and JSON arrays are copied to a cache. `keys`: the fields
-    wanted of each record, the first present wins.
+    twice is read once. `keys`: the fields wanted of each record, the first present wins.
     `argument`: where `path` was given, for errors. Raises DataError: nothing there, an ending
     that cannot be read, no records.
     """
     keys = key_names(keys)
-    paths = find_files(path, argument=argument)
-    readers = [_open(name, keys) for name in paths]
+    paths = readable_files(path, argument=argument)
+    readers = tuple(index_file(name, keys) for name in paths)
     starts = tuple(accumulate((len(reader) for reader in readers), initial=0))
     if starts[-1] == 0:
-        raise _empty(argument, path, paths)
-    return Files(tuple(readers), starts, sum(Path(name).stat().st_size for name in paths))
-
-
-def _open(path: str, keys: tuple[str, ...]) -> Reader:
-    kind, compressed = kind_of(path)
-    if kind == ".parquet":
-        return index_parquet(path, keys)
-    if kind == ".arrow":
-        return index_arrow(path, keys)
-    listed = kind == ".json" and is_array(path)
-    plain = in_cache(path, array=listed) if compressed or listed else path
-    if kind == ".txt":
-        return index_text(plain, path)
-    if kind == ".csv":
-        return index_csv(plain, path)
-    return index_json_lines(plain, path, "item" if listed else "line")
-
-
-@frozen(eq=False)
-class FileStream:
-    """The records of several files, each file from the front."""
-
-    paths: tuple[str, ...]
-    keys: tuple[str, ...]
-
-    @property
-    def files(self) -> int:
-        return len(self.paths)
-
-    @property
-    def only_text(self) -> bool:
-        return all(kind_of(path)[0] == ".txt" for path in self.paths)
-
-    def open(self, file: int) -> Iterator[Unread]:
-        path = self.paths[file]
-        return stream_file(path, kind_of(path)[0], self.keys)
+        names = ", ".join(paths[:5]) + (", …" if len(paths) > 5 else "")
+        raise DataError(f"{argument} {path!r}: the data is empty, no record in {names}")
+    return Files(tuple(paths), readers, starts, sum(Path(name).stat().st_size for name in paths))
 
 
 def open_stream(
-    path: str, keys: str | Sequence[str], *, argument: str = "data.train_path"
+    path: str,
+    keys: str | Sequence[str] = ("content_split",),
+    *,
+    argument: str = "data.train_path",
 ) -> FileStream:
-    """The same files as open_source's, none of them read yet."""
-    return FileStream(tuple(find_files(path, argument=argument)), key_names(keys))
+    """The files that `path` names, not opened yet; arguments and errors as for `open_source`.
 
-
-def kind_of(path: str) -> tuple[str, bool]:
-    """A file's format by its ending, and whether it is compressed. Raises DataError: unknown."""
-    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    compressed = bool(suffixes) and suffixes[-1] in COMPRESSIONS
-    kind = suffixes[-2:-1] if compressed else suffixes[-1:]
-    if not kind or kind[0] not in (COMPRESSED if compressed else ENDINGS):
-        raise DataError(f"{path}: cannot read a file of this ending; {_allowed()}")
-    return kind[0], compressed
-
-
-def _known(path: Path) -> bool:
-    try:
-        return bool(kind_of(str(path)))
-    except DataError:
-        return False
-
-
-def _empty(argument: str, path: str, paths: Sequence[str]) -> DataError:
-    names = ", ".join(paths[:5]) + (", …" if len(paths) > 5 else "")
-    return DataError(f"{argument} {path!r}: the data is empty, no record in {names}")
+    Whether they hold any record only reading them shows.
+    """
+    return FileStream(tuple(readable_files(path, argument=argument)), key_names(keys))
 
 
 def key_names(keys: str | Sequence[str]) -> tuple[str, ...]:
     """One name or several, as a tuple."""
     return (keys,) if isinstance(keys, str) else tuple(keys)
+
+
+def readable_files(path: str, *, argument: str) -> list[str]:
+    """The files that `path` names. DataError: one has an ending that cannot be read."""
+    paths = find_files(path, argument=argument)
+    for name in paths:
+        if ending_of(name) is None:
+            ending = Path(name).suffix
+            if ending.lower() in CODECS:
+                ending = Path(name).with_suffix("").suffix + ending
+            raise DataError(f"{name}: cannot read a file ending in {ending!r}; {_allowed()}")
+    return paths
 
 
 def find_files(path: str, *, argument: str = "data.train_path") -> list[str]:
@@ -171,7 +153,10 @@ def find_files(path: str, *, argument: str = "data.train_path") -> list[str]:
 def _expand(part: str, argument: str) -> list[str]:
     place = Path(part).expanduser()
     if place.is_dir():
-        known = sorted(str(file) for file in place.iterdir() if file.is_file() and _known(file))
+        files = sorted(str(file) for file in place.iterdir() if file.is_file())
+        known = [file for file in files if ending_of(file)]
+        if any(file.endswith(".arrow") for file in known):
+            known = [file for file in known if Path(file).name not in BESIDE_ARROW]
         if not known:
             raise DataError(f"{argument}: the directory {part!r} has no data; {_allowed()}")
         return known
@@ -187,7 +172,4 @@ def _expand(part: str, argument: str) -> list[str]:
 
 
 def _allowed() -> str:
-    return (
-        f"give a file, directory, glob or comma-separated list of {', '.join(ENDINGS)}; "
-        f"{', '.join(COMPRESSED)} also as .gz or .zst"
-    )
+    return f"give a file, directory, glob or comma-separated list of {', '.join(ENDINGS)}"

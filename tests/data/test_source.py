@@ -1,24 +1,23 @@
 """Files as sequences of records."""
 
 import json
-import os
 import pickle
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from omnistep.data import readers
+from omnistep.data import source as source_module
 from omnistep.data.errors import DataError
-from omnistep.data.source import find_files, open_source
+from omnistep.data.formats import ENDINGS
+from omnistep.data.source import find_files, open_source, open_stream
 from omnistep.data.tokenizer import load_tokenizer
 from omnistep.data.transform import Plaintext, text_of
+from tests.data.test_formats import write
 
 KEYS = ("content_split", "text")
-SHAKESPEARE = Path(readers.__file__).parent / "shakespeare"
+SHAKESPEARE = Path(source_module.__file__).parent / "shakespeare"
 
 
 def texts(source):
@@ -60,32 +59,6 @@ def test_random_access_pickled_and_by_row_group(mixed):
         source[10]
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    st.lists(st.sampled_from(["", "a", "é", "漢字", "🙂" * 9, "x" * 40, " "]), max_size=60),
-    st.sampled_from(["\n", "\r\n", ""]),
-    st.integers(1, 3),
-)
-def test_a_text_is_its_parts(tmp_path_factory, words, joint, size):
-    """Whatever the line lengths, the parts make the file, and lines are cut only if too long."""
-    path = tmp_path_factory.mktemp("text") / "t.txt"
-    text = joint.join(words)
-    path.write_bytes(text.encode())
-    small, longest = 16 * size, 64 * size
-    file = readers.index_text(str(path), part=small, longest=longest)
-    parts = [file[i] for i in range(len(file))]
-    assert "".join(str(part.content) for part in parts) == text
-    assert [part.ends_document for part in parts] == [False] * (len(parts) - 1) + [True] * bool(
-        parts
-    )
-    for part in parts[:-1]:
-        content = str(part.content).encode()
-        assert longest - 4 < len(content) <= longest if content[-1:] != b"\n" else True
-        assert small <= len(content) <= longest
-        first_line_end = content.find(b"\n", small - 1)
-        assert first_line_end in (-1, len(content) - 1)
-
-
 def test_corpus_text_parts_and_eos():
     source = open_source(str(SHAKESPEARE / "train.txt"))
     assert len(source) == 125
@@ -107,25 +80,10 @@ def test_byte_order_mark_and_empty_lines(tmp_path):
     assert [source[i].where.split(", ")[1] for i in (1, 2)] == ["line 2", "line 5"]
 
 
-def test_the_content_stays_on_disk(tmp_path):
-    """A sparse file of 300 MB is indexed and read without holding it."""
-    import tracemalloc
-
-    path = tmp_path / "big.jsonl"
-    with open(path, "wb") as file:
-        file.write(b'{"text": "first"}\n')
-        file.seek(300 << 20)
-        file.write(b'\n{"text": "last"}\n')
-    assert os.stat(path).st_blocks * 512 < 1 << 20
-    tracemalloc.start()
-    source = open_source(str(path), KEYS)
-    assert text_of(source[len(source) - 1], KEYS) == "last"
-    assert tracemalloc.get_traced_memory()[1] < 100 << 20
-    tracemalloc.stop()
-
-
 def test_paths_that_name_nothing(tmp_path):
-    with pytest.raises(DataError, match=r"nothing matches .*none\.txt.*\.txt, \.jsonl, \.json"):
+    with pytest.raises(
+        DataError, match=r"nothing matches .*none\.txt.*\.txt, \.jsonl, \.json, \.csv, \.parquet"
+    ):
         open_source(str(tmp_path / "none.txt"))
     with pytest.raises(DataError, match="has no data"):
         open_source(str(tmp_path))
@@ -133,16 +91,55 @@ def test_paths_that_name_nothing(tmp_path):
         open_source(" , ")
 
 
-def test_unsupported_endings(tmp_path):
-    for name in ("a.docx", "a.parquet.gz", "a.gz", "a.yaml", "a"):
-        (tmp_path / name).write_text("x")
-        with pytest.raises(DataError, match=r"a file of this ending; give .*\.txt, \.jsonl, "):
-            open_source(str(tmp_path / name))
+@pytest.mark.parametrize(
+    ("name", "ending"),
+    [("a.docx", ".docx"), ("a.gz", ".gz"), ("b.parquet.gz", ".parquet.gz"), ("c", "")],
+)
+@pytest.mark.parametrize("open_it", [open_source, open_stream])
+def test_endings_that_cannot_be_read(tmp_path, name, ending, open_it):
+    (tmp_path / name).write_text("x")
+    with pytest.raises(DataError, match=rf"ending in '{ending}'; give .*\.parquet.*\.csv\.zst"):
+        open_it(str(tmp_path / name))
     (tmp_path / "a.txt").write_text("x")
-    assert len(open_source(str(tmp_path))) == 1  # what is no data is not read
+    assert open_it(str(tmp_path)).paths == (f"{tmp_path}/a.txt",)
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_directory_of_every_format(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMNISTEP_CACHE", str(tmp_path / "cache"))
+    names = [f"{i:02}{ending}" for i, ending in enumerate(ENDINGS)]
+    for name in names:
+        write(tmp_path / name, [{"text": name, "other": "1"}])
+    source = open_source(str(tmp_path), KEYS)
+    assert source.paths == tuple(f"{tmp_path}/{name}" for name in names)
+    assert texts(source) == names
+    assert [source.path_of(i) for i in range(len(source))] == list(source.paths)
+    with pytest.raises(IndexError):
+        source.path_of(len(names))
+    stream = open_stream(f"{tmp_path}/*.*", KEYS)
+    assert stream.paths == source.paths
+    assert not stream.only_text
+    records = [unread() for i in range(stream.files) for unread in stream.open(i)]
+    assert records == [source[i] for i in range(len(source))]
+    assert pickle.loads(pickle.dumps(stream)) == stream
+
+
+def test_endings_in_capitals(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMNISTEP_CACHE", str(tmp_path / "cache"))
+    write(tmp_path / "a.jsonl.gz", [{"text": "a", "other": ""}])
+    (tmp_path / "a.jsonl.gz").rename(tmp_path / "A.JSONL.GZ")
+    (tmp_path / "B.TXT").write_text("b")
+    assert texts(open_source(str(tmp_path), KEYS)) == ["a", "b"]
+    assert open_stream(str(tmp_path / "B.TXT"), KEYS).only_text
+
+
+def test_what_hugging_face_writes_beside_arrow_is_left_out(tmp_path):
+    for name in ("state.json", "dataset_info.json"):
+        (tmp_path / name).write_text("{\n}")
+    write(tmp_path / "data-00000-of-00001.arrow", [{"text": "a", "other": ""}])
+    assert texts(open_source(str(tmp_path), KEYS)) == ["a"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv"])
 def test_empty(tmp_path, name):
     (tmp_path / name).write_text("")
     with pytest.raises(DataError, match=rf"the data is empty, no record in .*{name}"):

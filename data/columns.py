@@ -1,0 +1,287 @@
+"""Parquet and Arrow files: a record a row, of the columns wanted.
+
+Both come in groups of rows (row groups, record batches), which are decoded whole. An Arrow file
+is memory-mapped: where it is not compressed, decoding a batch reads nothing.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import attrs
+import numpy as np
+from attrs import field, frozen
+
+from omnistep.data.errors import DataError
+from omnistep.data.readers import LONGEST_RECORD, Record, Unread, too_long
+
+GROUPS = 4
+"""Groups of rows a process keeps decoded, of each file."""
+STREAM_ROWS = 64
+"""Rows decoded at once from a streamed Parquet file."""
+BESIDE = ("tools",)
+"""Columns that belong to a conversation, and are read where there are any."""
+ARROW_FILE = b"ARROW1"
+
+
+@frozen(eq=False)
+class Rows:
+    """Decoded rows."""
+
+    columns: dict[str, Any]
+    check: bool
+    """One of them may be too long."""
+
+    def record(self, row: int, where: str) -> Record:
+        if self.check:
+            size = sum(_size(column.slice(row, 1)) for column in self.columns.values())
+            if size > LONGEST_RECORD:
+                raise too_long(where, size)
+        try:
+            return Record({name: col[row].as_py() for name, col in self.columns.items()}, where)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: not UTF-8 ({error})") from error
+
+
+def _rows(decoded: Any, names: tuple[str, ...]) -> Rows:
+    columns = {name: decoded.column(name) for name in names}
+    return Rows(columns, sum(map(_longest, columns.values())) > LONGEST_RECORD)
+
+
+def _longest(column: Any) -> int:
+    """Bytes that no value of a column has more than."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind, size = column.type, column.nbytes
+    if size <= LONGEST_RECORD // 8 or not (
+        pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    ):
+        return size
+    return pc.max(pc.binary_length(column)).as_py() or 0  # reads no more than the offsets
+
+
+def _size(cell: Any) -> int:
+    """Bytes of a column of one row."""
+    import pyarrow as pa
+
+    kind = cell.type
+    if pa.types.is_dictionary(kind):  # it would count all of the dictionary
+        cell = cell.cast(kind.value_type)
+    elif pa.types.is_string_view(kind):  # and this all of the buffers
+        cell = cell.cast(pa.large_string())
+    return cell.nbytes
+
+
+@attrs.define(eq=False)
+class Columns:
+    """Random access to rows."""
+
+    path: str
+    columns: tuple[str, ...]
+    firsts: np.ndarray = field(repr=False)
+    """int64 [groups + 1]: the number of rows before each group."""
+    decode: Callable[[int], Any] = field(repr=False)
+    """Group → its table or record batch. Picklable."""
+    _decoded: OrderedDict[int, Rows] = field(factory=OrderedDict, init=False, repr=False)
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self.path, self.columns, self.firsts, self.decode
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.path, self.columns, self.firsts, self.decode = state
+        self._decoded = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self.firsts[-1])
+
+    def __getitem__(self, index: int) -> Record:
+        group = int(self.firsts.searchsorted(index, side="right")) - 1
+        row = index - int(self.firsts[group])
+        where = f"{self.path}, row {index + 1}"
+        return self._group(group, where).record(row, where)
+
+    def _group(self, group: int, where: str) -> Rows:
+        if group not in self._decoded:
+            with _broken(where):
+                self._decoded[group] = _rows(self.decode(group), self.columns)
+            if len(self._decoded) > GROUPS:
+                self._decoded.popitem(last=False)
+        self._decoded.move_to_end(group)
+        return self._decoded[group]
+
+
+@contextmanager
+def _broken(where: str) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{where}: cannot be decoded, the file is corrupt ({error})") from error
+
+
+def _wanted(path: str, keys: Sequence[str], present: Sequence[str]) -> tuple[str, ...]:
+    """Those of `keys` a file has, and those that go with them."""
+    columns = tuple(key for key in keys if key in present)
+    if not columns:
+        raise DataError(
+            f"{path} has none of the columns {list(keys)} (data.text_keys); it has {present}"
+        )
+    return (*columns, *(key for key in BESIDE if key in present and key not in columns))
+
+
+def _stream(path: str, columns: tuple[str, ...], groups: Iterator[Any]) -> Iterator[Unread]:
+    before = 0
+    while True:
+        with _broken(f"{path}, after row {before}"):
+            decoded = next(groups, None)
+            if decoded is None:
+                return
+            rows = _rows(decoded, columns)
+        for row in range(decoded.num_rows):
+            yield partial(rows.record, row, f"{path}, row {before + row + 1}")
+        before += decoded.num_rows
+
+
+@frozen
+class ParquetGroup:
+    """Decodes a row group."""
+
+    path: str
+    columns: tuple[str, ...]
+
+    def __call__(self, group: int) -> Any:
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(self.path) as file:
+            # One thread: the process is one of several workers.
+            return file.read_row_group(group, columns=list(self.columns), use_threads=False)
+
+
+def _open_parquet(path: str, **options: Any) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path, **options)
+    except pa.ArrowException as error:
+        raise DataError(f"{path} is not a Parquet file: {error}") from error
+
+
+def index_parquet(path: str, keys: Sequence[str]) -> Columns:
+    """Reads the footer. `keys`: the columns wanted; those the file lacks are left out."""
+    with _open_parquet(path) as file:
+        groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        columns = _wanted(path, keys, file.schema_arrow.names)
+    return Columns(path, columns, np.cumsum([0, *groups]), ParquetGroup(path, columns))
+
+
+def stream_parquet(path: str, keys: Sequence[str]) -> Iterator[Unread]:
+    """The same rows. Holds a few pages of each column instead of row groups."""
+    with _open_parquet(path, buffer_size=1 << 16) as file:
+        columns = _wanted(path, keys, file.schema_arrow.names)
+        batches = file.iter_batches(STREAM_ROWS, columns=list(columns), use_threads=False)
+        yield from _stream(path, columns, batches)
+
+
+@frozen
+class ArrowBatch:
+    """Decodes a record batch of the file format, which has an index of its own."""
+
+    path: str
+    columns: tuple[str, ...]
+
+    def __call__(self, group: int) -> Any:
+        import pyarrow as pa
+
+        with pa.memory_map(self.path) as file:
+            return pa.ipc.open_file(file).get_batch(group).select(list(self.columns))
+
+
+@frozen(eq=False)
+class StreamedBatch:
+    """Decodes a record batch of the stream format, from where it was found."""
+
+    path: str
+    columns: tuple[str, ...]
+    schema: Any
+    offsets: np.ndarray
+    """int64 [batches]"""
+
+    def __call__(self, group: int) -> Any:
+        import pyarrow as pa
+
+        with pa.memory_map(self.path) as file:
+            file.seek(int(self.offsets[group]))
+            batch = pa.ipc.read_record_batch(pa.ipc.read_message(file), self.schema)
+            return batch.select(list(self.columns))
+
+
+@contextmanager
+def _open_arrow(path: str) -> Iterator[tuple[Any, Any]]:
+    """The memory-mapped file, and a reader of its batches in either format."""
+    import pyarrow as pa
+
+    with open(path, "rb") as file:
+        indexed = file.read(len(ARROW_FILE)) == ARROW_FILE
+    with pa.memory_map(path) as file:
+        try:
+            reader = pa.ipc.open_file(file) if indexed else pa.ipc.open_stream(file)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"{path} is not an Arrow file, neither of the file format nor of the stream "
+                f"format: {error}"
+            ) from error
+        yield file, reader
+
+
+def _batches(file: Any, reader: Any) -> Iterator[tuple[int, Any]]:
+    """(where it stands, a record batch) one after another."""
+    if hasattr(reader, "get_batch"):
+        for group in range(reader.num_record_batches):
+            yield 0, reader.get_batch(group)
+        return
+    while True:
+        offset = file.tell()
+        try:
+            batch = reader.read_next_batch()
+        except StopIteration:
+            return
+        yield offset, batch
+
+
+def index_arrow(path: str, keys: Sequence[str]) -> Columns:
+    """One pass over the batches' heads (over all of them where they are compressed)."""
+    import pyarrow as pa
+
+    with _open_arrow(path) as (file, reader):
+        columns = _wanted(path, keys, reader.schema.names)
+        counts, offsets = [0], []
+        with _broken(path):
+            for offset, batch in _batches(file, reader):
+                counts.append(batch.num_rows)
+                offsets.append(offset)
+        if hasattr(reader, "get_batch"):
+            decode = ArrowBatch(path, columns)
+        elif any(pa.types.is_dictionary(kind) for kind in reader.schema.types):
+            raise DataError(
+                f"{path}: Arrow's stream format with dictionary-encoded columns cannot be read at "
+                "random. Write it in the file format or as Parquet, or set data.datasets_type to "
+                "iterable"
+            )
+        else:
+            decode = StreamedBatch(path, columns, reader.schema, np.array(offsets, np.int64))
+    return Columns(path, columns, np.cumsum(counts), decode)
+
+
+def stream_arrow(path: str, keys: Sequence[str]) -> Iterator[Unread]:
+    """The same rows, a batch at a time."""
+    with _open_arrow(path) as (file, reader):
+        columns = _wanted(path, keys, reader.schema.names)
+        batches = (batch.select(list(columns)) for _, batch in _batches(file, reader))
+        yield from _stream(path, columns, batches)
