@@ -12,12 +12,13 @@ from attrs import frozen
 from omnistep.core import optim, param, rng
 from omnistep.core.checkpoint.ranks import Ranks
 from omnistep.core.checkpoint.safetensors import open_weights
-from omnistep.core.config import Arguments, ModelArguments, TrainArguments
+from omnistep.core.config import Arguments, DataArguments, ModelArguments, TrainArguments
 from omnistep.core.config_mesh import mesh_sizes
 from omnistep.core.param import Layout
 from omnistep.core.schedule import make_schedule
 from omnistep.core.step import Schedule
 from omnistep.core.tree import Tree
+from omnistep.data.chat import Template, open_template
 from omnistep.data.loader import Loader, make_loader
 from omnistep.data.loader_config import LoaderConfig
 from omnistep.data.sources import Described, open_reader
@@ -64,6 +65,13 @@ def read_tokenizer(args: ModelArguments, cfg: decoder.Config) -> Tokenizer:
             f"{tokenizer.vocab_size}, or give model.tokenizer_path the tokenizer of this model"
         )
     return tokenizer
+
+
+def open_chat_template(args: DataArguments, tokenizer: Tokenizer) -> Template | None:
+    """The one that conversations are trained by; None where there are none."""
+    return (
+        open_template(args.chat_template, tokenizer) if args.data_type == "conversation" else None
+    )
 
 
 def make_mesh(args: TrainArguments, world_size: int) -> Mesh:

@@ -9,6 +9,7 @@ from omnistep.bin.build import Model
 from omnistep.core.checkpoint.safetensors import write_weights
 from omnistep.core.param import Layout
 from omnistep.core.tree import Tree, tree_leaves
+from omnistep.data.chat import Template
 from omnistep.data.tokenizer import Tokenizer
 from omnistep.models import hf
 
@@ -24,11 +25,16 @@ TOKENIZER_FILES = (
 
 
 def export(
-    directory: Path, model: Model, params: Tree, tokenizer: Tokenizer, layout: Layout
+    directory: Path,
+    model: Model,
+    params: Tree,
+    tokenizer: Tokenizer,
+    layout: Layout,
+    template: Template | None = None,
 ) -> None:
-    """Writes what `transformers.AutoModelForCausalLM.from_pretrained(directory)` reads. Files of
-    an earlier export are replaced one by one, each by a whole one. Collective: rank 0 writes what
-    all ranks gather, tensor by tensor."""
+    """Writes what `transformers.AutoModelForCausalLM.from_pretrained(directory)` reads, with the
+    chat template it was trained by. Files of an earlier export are replaced one by one, each by a
+    whole one. Collective: rank 0 writes what all ranks gather, tensor by tensor."""
     weights = hf.export_weights(model.tree, params, layout)
     if layout.mesh.rank > 0:
         for tensor in weights.values():
@@ -41,20 +47,22 @@ def export(
     config["architectures"] = [hf.ARCHITECTURES[config["model_type"]]]
     config["dtype"] = dtype
     config.setdefault("eos_token_id", tokenizer.eos_id)
-    _write_json(directory / "config.json", config)
+    _write(directory / "config.json", json.dumps(config, indent=2) + "\n")
     source = Path(tokenizer.path)
     for name in TOKENIZER_FILES:
         # tokenizer.path may be a file of any name
         file = source if name == "tokenizer.json" else source.parent / name
         if file.is_file() and not _same(file, directory / name):
             shutil.copyfile(file, directory / name)
+    if template is not None and template.jinja != tokenizer.chat_template:
+        _write(directory / "chat_template.jinja", template.jinja)
 
 
 def _same(a: Path, b: Path) -> bool:
     return b.exists() and a.samefile(b)
 
 
-def _write_json(path: Path, value: object) -> None:
+def _write(path: Path, text: str) -> None:
     draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)

@@ -200,7 +200,8 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
             return RESUME_ME
         evaluate(position)
         if train.save_hf_weights:
-            export(output / "hf", model, position.state.params, tokenizer, layout)
+            template = build.open_chat_template(args.data, tokenizer)
+            export(output / "hf", model, position.state.params, tokenizer, layout, template)
     if first:
         finish(args, output, model, position, mesh, logger.say)
     return 0

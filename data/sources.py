@@ -50,18 +50,13 @@ class Weighted:
 
     path: str
     """spelled like data.train_path; relative to the .yaml"""
-    weight: float = attrs.field()
+    weight: float
     """its share of the samples, relative to the others'"""
     name: str | None = None
     """in logs; by default the path's last part"""
     data_type: DataType | None = None
     text_keys: str | tuple[str, ...] | None = None
     chat_template: str | None = None
-
-    @weight.validator
-    def _(self, _: Any, value: float) -> None:
-        if not 0 < value < float("inf"):
-            raise ValueError(f"weight is {value}; it must be greater than 0")
 
 
 def open_reader(described: Described, tokenizer: Tokenizer, rules: BlockRules, seed: int) -> Reader:
@@ -129,7 +124,7 @@ def read_weighted(file: Path, argument: str) -> list[Weighted]:
     except OSError as error:
         raise DataError(f"{argument}: {file} can't be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{argument}: {file} is not YAML: {error}") from None
+        raise DataError(f"{argument}: {file} is not YAML: {' '.join(str(error).split())}") from None
     listed = content.get("sources") if isinstance(content, Mapping) else None
     if not isinstance(listed, list) or not listed or set(content) != {"sources"}:
         raise DataError(
@@ -147,6 +142,11 @@ def read_weighted(file: Path, argument: str) -> list[Weighted]:
         except Exception as error:  # cattrs collects them in groups
             reasons = "; ".join(cattrs.transform_error(error))
             raise DataError(f"{argument}: {file}, source {number}: {reasons}") from None
+        if not 0 < source.weight < float("inf"):
+            raise DataError(
+                f"{argument}: {file}, source {number}: weight is {source.weight}; it must be "
+                "greater than 0"
+            )
         path = ",".join(_from(file.parent, part.strip()) for part in source.path.split(","))
         name = source.name or Path(source.path).name
         if name in (other.name for other in found):
