@@ -189,12 +189,20 @@ def join(
     )
 
 
-def leave() -> None:
-    """Ends together with the other ranks: a rank that went early would take the store with it,
-    or have torchrun end those that are still saving."""
-    if dist.is_initialized():
-        dist.all_reduce(torch.zeros(1))
-        destroy_groups()
+def leave(code: int) -> int:
+    """Ends together with the other ranks: one that went early would take the store with it, or
+    have torchrun end those that are still saving. Returns the exit code where there is one rank.
+
+    Of several, none comes back: a thread of gloo that lets go of a tensor while the interpreter
+    is being taken down aborts the process (seen in torch 2.13), so that is not done.
+    """
+    if not dist.is_initialized():
+        return code
+    dist.all_reduce(torch.zeros(1))
+    destroy_groups()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def pick_gpu(launch: Launch, count: int) -> int:

@@ -76,9 +76,7 @@ def main(argv: list[str] | None = None) -> int:
             return spawn([sys.executable, "-m", "omnistep.bin.train", *argv], nproc)
         join(launch, "cuda" if cuda and args.train.init_device != "cpu" else "cpu")
         with Stop(silent=launch.rank > 0) as stop:
-            code = run(args, stop, launch.world_size)
-            leave()
-        return code
+            return leave(run(args, stop, launch.world_size))
     except EXPECTED as error:
         return fail(launch, error, expected=True)
     except Exception as error:
@@ -120,7 +118,7 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
     say(build.describe(args, model, data, mesh))
 
     with ExitStack() as stack:
-        stack.callback(together.close)
+        stack.callback(data.loader.close)
         make_output_dir(output)
         store = open_store(output / "checkpoints", keep=train.keep_checkpoints or None)
         stack.callback(store.close)

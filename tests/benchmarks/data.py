@@ -50,7 +50,7 @@ def ours(path: str, workers: int) -> tuple[int, int]:
 
 
 def theirs(path: str, workers: int, flat: bool) -> tuple[int, int]:
-    import datasets
+    import datasets  # pyright: ignore[reportMissingImports]
     import transformers
     from torch.utils.data import DataLoader
 

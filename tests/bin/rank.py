@@ -22,9 +22,7 @@ def main(case: str, chosen: int) -> int:
         join(launch, "cpu")
         mesh = make_mesh({"dp_shard": launch.world_size}, torch.device("cpu"))
         with Stop(silent=launch.rank > 0) as stop:
-            code = act(case, mesh, stop, mesh.rank == chosen)
-            leave()
-        return code
+            return leave(act(case, mesh, stop, mesh.rank == chosen))
     except ConfigError as error:
         return fail(launch, error, expected=True)
     except Exception as error:
