@@ -9,11 +9,11 @@ from typing import Protocol
 
 from attrs import field, frozen
 
-from omnistep.data.cache import CODECS
 from omnistep.data.errors import DataError
-from omnistep.data.formats import ENDINGS, ending_of, form_of, index_file, stream_file
-from omnistep.data.readers import Reader, Record, Unread
-from omnistep.data.text_file import TextFile
+from omnistep.data.files.cache import CODECS
+from omnistep.data.files.formats import ENDINGS, ending_of, form_of, index_file, stream_file
+from omnistep.data.files.records import Reader, Record, Unread
+from omnistep.data.files.text import TextFile
 
 BESIDE_ARROW = ("dataset_info.json", "state.json")
 """What Hugging Face `datasets` writes beside its .arrow files: not data."""

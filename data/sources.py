@@ -17,9 +17,9 @@ from omnistep.core.config_rules import DATASETS, TEXT_KEYS, expand_path
 from omnistep.data.blocks import BlockRules, Reader
 from omnistep.data.chat import open_template
 from omnistep.data.errors import DataError
+from omnistep.data.files.records import Record
 from omnistep.data.mapping import MappingReader, Part
 from omnistep.data.order import Shuffled, mix
-from omnistep.data.readers import Record
 from omnistep.data.source import BLOCK_SAMPLES, Source, key_names, open_source, open_stream
 from omnistep.data.streaming import Stream, StreamReader, Unread
 from omnistep.data.tokenizer import Tokenizer

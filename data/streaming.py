@@ -9,8 +9,8 @@ from attrs import define, field
 
 from omnistep.data.blocks import Answer, BlockRules, Failure, Task, answer, checked
 from omnistep.data.errors import DataError
+from omnistep.data.files.records import Record
 from omnistep.data.order import permuted
-from omnistep.data.readers import Record
 from omnistep.data.transform import Tokens, Transform
 
 Unread = Callable[[], Record]

@@ -8,7 +8,7 @@ from attrs import frozen
 
 from omnistep.data.chat import Message, Template
 from omnistep.data.errors import DataError
-from omnistep.data.readers import Record
+from omnistep.data.files.records import Record
 from omnistep.data.tokenizer import Tokenizer
 
 

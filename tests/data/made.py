@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from omnistep.core.batch import segment_starts
 from omnistep.core.checkpoint.ranks import ALONE
+from omnistep.data.files.records import Record
 from omnistep.data.loader import make_loader
 from omnistep.data.loader_config import LoaderConfig
 from omnistep.data.mapping import MappingReader, Part
 from omnistep.data.order import Shuffled
-from omnistep.data.readers import Record
 from omnistep.data.tokenizer import Tokenizer
 from omnistep.data.transform import Tokens
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from omnistep.data.chat import Template, builtin_templates, open_template, special_tokens
 from omnistep.data.errors import DataError
-from omnistep.data.readers import Record
+from omnistep.data.files.records import Record
 from omnistep.data.tokenizer import load_tokenizer
 from omnistep.data.transform import Conversation
 from tests.bin.runs import TOKENIZER

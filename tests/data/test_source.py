@@ -10,11 +10,11 @@ import pytest
 
 from omnistep.data import source as source_module
 from omnistep.data.errors import DataError
-from omnistep.data.formats import ENDINGS
+from omnistep.data.files.formats import ENDINGS
 from omnistep.data.source import find_files, open_source, open_stream
 from omnistep.data.tokenizer import load_tokenizer
 from omnistep.data.transform import Plaintext, text_of
-from tests.data.test_formats import write
+from tests.data.files.test_formats import write
 
 KEYS = ("content_split", "text")
 SHAKESPEARE = Path(source_module.__file__).parent / "shakespeare"

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from omnistep.core.checkpoint.ranks import ALONE
 from omnistep.data import blocks
 from omnistep.data.errors import DataError
+from omnistep.data.files.records import Record
 from omnistep.data.loader import make_loader
 from omnistep.data.loader_config import LoaderConfig
 from omnistep.data.mapping import MappingReader, Part
 from omnistep.data.order import Shuffled, mix
-from omnistep.data.readers import Record
 from omnistep.data.state import DataState
 from omnistep.data.streaming import StreamReader
 from tests.data.made import (

@@ -15,7 +15,7 @@ import numpy as np
 from attrs import field, frozen
 
 from omnistep.data.errors import DataError
-from omnistep.data.readers import LONGEST_RECORD, Record, Unread, too_long
+from omnistep.data.files.records import LONGEST_RECORD, Record, Unread, too_long
 
 GROUPS = 4
 """Groups of rows a process keeps decoded, of each file."""

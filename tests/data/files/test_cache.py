@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from omnistep.data import cache
-from omnistep.data.cache import cached, decompressed
 from omnistep.data.errors import DataError
-from omnistep.data.formats import index_file, stream_file
-from tests.data.test_formats import KEYS, RECORDS, compressed, write
+from omnistep.data.files import cache
+from omnistep.data.files.cache import cached, decompressed
+from omnistep.data.files.formats import index_file, stream_file
+from tests.data.files.test_formats import KEYS, RECORDS, compressed, write
 
 
 @pytest.fixture
@@ -48,8 +48,8 @@ def test_made_once_and_again_when_the_file_changes(tmp_path, place, monkeypatch)
 
 READ = """
 import sys
-from omnistep.data import cache
-from omnistep.data.formats import index_file
+from omnistep.data.files import cache
+from omnistep.data.files.formats import index_file
 inner = cache.decompressed
 def counted(path):
     print("made", flush=True)
@@ -77,7 +77,7 @@ def test_four_processes_at_once_make_it_once(tmp_path, place):
 
 KILLED = """
 import sys, time
-from omnistep.data import cache
+from omnistep.data.files import cache
 inner = cache.decompressed
 def slow(path):
     for chunk in inner(path):

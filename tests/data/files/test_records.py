@@ -7,11 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from omnistep.data import readers
 from omnistep.data.errors import DataError
-from omnistep.data.formats import index_file, stream_file
-from omnistep.data.readers import LONGEST_RECORD
-from tests.data.test_formats import KEYS, both, compressed, write_arrow
+from omnistep.data.files.formats import index_file, stream_file
+from omnistep.data.files.records import LONGEST_RECORD
+from tests.data.files.test_formats import KEYS, both, compressed, write_arrow
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +95,7 @@ def test_json_that_is_neither(tmp_path, content, match, monkeypatch):
     path = tmp_path / "a.json"
     path.write_text(content)
     broken(path, match)
-    monkeypatch.setattr(readers, "CHUNK_BYTES", 15)
+    monkeypatch.setattr("omnistep.data.files.records.CHUNK_BYTES", 15)
     if "spreads" not in match and "begins" not in match:
         broken(path, match)
 
@@ -159,7 +158,7 @@ def test_a_record_too_long_is_not_read(tmp_path, ending, codec, monkeypatch):
     first, last = (f"{where}: the record has 33,554,4.. bytes, at most .*" for where in expected)
     check(path, ["a", first, fits.decode(), "b", last])
     reader = index_file(str(path), KEYS)
-    monkeypatch.setattr("omnistep.data.spans.read_bytes", None)
+    monkeypatch.setattr("omnistep.data.files.spans.read_bytes", None)
     with pytest.raises(DataError, match=r"Split it, or take it out"):
         reader[1]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from attrs import field, frozen
 
-from omnistep.data.readers import (
+from omnistep.data.files.records import (
     BYTE_ORDER_MARK,
     CHUNK_BYTES,
     Record,

@@ -9,8 +9,8 @@ import numpy as np
 from attrs import define
 
 from omnistep.data.errors import DataError
-from omnistep.data.readers import put_back, without_mark
-from omnistep.data.spans import Layout, Syntax
+from omnistep.data.files.records import put_back, without_mark
+from omnistep.data.files.spans import Layout, Syntax
 
 SPACES = b" \t\r\n"
 decode = json.JSONDecoder().decode

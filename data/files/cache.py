@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from omnistep.data.errors import DataError
-from omnistep.data.readers import CHUNK_BYTES
+from omnistep.data.files.records import CHUNK_BYTES
 
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 VARIABLE = "OMNISTEP_CACHE"

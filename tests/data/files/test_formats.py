@@ -16,11 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omnistep.data import json_files, readers, spans, text_file
-from omnistep.data.csv_file import csv_file
 from omnistep.data.errors import DataError
-from omnistep.data.formats import ENDINGS, index_file, stream_file
-from omnistep.data.json_files import json_file, json_lines
+from omnistep.data.files import records, spans
+from omnistep.data.files.csv_rows import csv_file
+from omnistep.data.files.formats import ENDINGS, index_file, stream_file
+from omnistep.data.files.json_records import json_file, json_lines
+from omnistep.data.files.text import index_text, stream_text
 
 KEYS = ("text",)
 FORMS = [ending for ending in ENDINGS if ".txt" not in ending]
@@ -120,11 +121,11 @@ def both(path, keys=KEYS):
     return found
 
 
-@pytest.mark.parametrize("chunk", [13, readers.CHUNK_BYTES])
+@pytest.mark.parametrize("chunk", [13, records.CHUNK_BYTES])
 @pytest.mark.parametrize("ending", FORMS)
 def test_every_format_is_the_same_records(tmp_path, ending, chunk, monkeypatch):
-    monkeypatch.setattr(readers, "CHUNK_BYTES", chunk)
-    monkeypatch.setattr("omnistep.data.cache.CHUNK_BYTES", chunk)
+    monkeypatch.setattr("omnistep.data.files.records.CHUNK_BYTES", chunk)
+    monkeypatch.setattr("omnistep.data.files.cache.CHUNK_BYTES", chunk)
     path = write(tmp_path / f"a{ending}", RECORDS)
     records = at_random(path)
     columns = ending in (".parquet", ".arrow")
@@ -189,10 +190,10 @@ def test_a_text_is_its_parts(tmp_path_factory, words, joint, size, chunk, mark):
     """Whatever the line lengths, the parts make the file, and lines are cut only if too long."""
     path = tmp_path_factory.mktemp("text") / "t.txt"
     text = joint.join(words)
-    content = (readers.BYTE_ORDER_MARK if mark else b"") + text.encode()
+    content = (records.BYTE_ORDER_MARK if mark else b"") + text.encode()
     path.write_bytes(content)
     small, longest = 16 * size, 64 * size
-    file = text_file.index_text(str(path), "t.txt", small, longest)
+    file = index_text(str(path), "t.txt", small, longest)
     parts = [file[i] for i in range(len(file))]
     assert "".join(str(part.content) for part in parts) == text
     assert [part.ends_document for part in parts] == [False] * (len(parts) - 1) + [True] * bool(
@@ -204,7 +205,7 @@ def test_a_text_is_its_parts(tmp_path_factory, words, joint, size, chunk, mark):
         assert small <= len(encoded) <= longest
         first_line_end = encoded.find(b"\n", small - 1)
         assert first_line_end in (-1, len(encoded) - 1)
-    chunks = text_file.stream_text(pieces(content, chunk), "t.txt", small, longest)
+    chunks = stream_text(pieces(content, chunk), "t.txt", small, longest)
     assert [unread() for unread in chunks] == parts
 
 
@@ -289,7 +290,7 @@ def test_json_lines_are_what_python_reads(tmp_path_factory, items, chunk):
 @pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv"])
 def test_byte_order_mark(tmp_path, ending):
     path = Path(write(tmp_path / f"a{ending}", RECORDS[:3]))
-    path.write_bytes(readers.BYTE_ORDER_MARK + path.read_bytes())
+    path.write_bytes(records.BYTE_ORDER_MARK + path.read_bytes())
     assert [r.content for r in at_random(path)] == RECORDS[:3]
     assert streamed(path) == at_random(path)
 
@@ -309,7 +310,7 @@ def test_json_lines_under_another_name(tmp_path):
 
 def test_skipping_parses_nothing(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", RECORDS)
-    monkeypatch.setattr(json_files, "decode", None)
+    monkeypatch.setattr("omnistep.data.files.json_records.decode", None)
     assert len(list(stream_file(path, KEYS))) == 50
 
 

@@ -12,7 +12,7 @@ LINE = b'{"text": "' + b"words and more words " * 45 + b'"}'
 MEASURE = """
 import os, sys, random, threading
 import pyarrow, pyarrow.parquet, numpy
-from omnistep.data.formats import index_file, stream_file
+from omnistep.data.files.formats import index_file, stream_file
 
 def anonymous():  # what is mapped from a file the system takes back when it needs it
     with open("/proc/self/status") as file:

@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from omnistep.data.cache import CODECS, cached, decompressed
-from omnistep.data.columns import index_arrow, index_parquet, stream_arrow, stream_parquet
-from omnistep.data.csv_file import csv_file
-from omnistep.data.json_files import json_file, json_lines
-from omnistep.data.readers import Reader, Unread, chunks_of
-from omnistep.data.spans import Prepare, index_spans, stream_spans
-from omnistep.data.text_file import index_text, stream_text
+from omnistep.data.files.cache import CODECS, cached, decompressed
+from omnistep.data.files.columns import index_arrow, index_parquet, stream_arrow, stream_parquet
+from omnistep.data.files.csv_rows import csv_file
+from omnistep.data.files.json_records import json_file, json_lines
+from omnistep.data.files.records import Reader, Unread, chunks_of
+from omnistep.data.files.spans import Prepare, index_spans, stream_spans
+from omnistep.data.files.text import index_text, stream_text
 
 PLAIN = (".txt", ".jsonl", ".json", ".csv")
 ENDINGS = (*PLAIN, ".parquet", ".arrow", *(f"{end}{codec}" for codec in CODECS for end in PLAIN))

@@ -7,8 +7,8 @@ import numpy as np
 from attrs import define, frozen
 
 from omnistep.data.errors import DataError
-from omnistep.data.readers import LONGEST_RECORD, put_back, too_long, without_mark
-from omnistep.data.spans import Layout, Syntax
+from omnistep.data.files.records import LONGEST_RECORD, put_back, too_long, without_mark
+from omnistep.data.files.spans import Layout, Syntax
 
 LINE_ENDS = b"\r\n"
 # A value, and the comma or the end behind it.

@@ -14,7 +14,7 @@ import numpy as np
 from attrs import field, frozen
 
 from omnistep.data.errors import DataError
-from omnistep.data.readers import (
+from omnistep.data.files.records import (
     LONGEST_RECORD,
     Record,
     Unread,
