@@ -46,6 +46,11 @@ def export(
     config = {k: v for k, v in model.raw.items() if k not in ("torch_dtype", "dtype")}
     config["architectures"] = [hf.ARCHITECTURES[config["model_type"]]]
     config["dtype"] = dtype
+    if template is not None:  # a turn ends with a token of its own
+        ends = sorted({tokenizer.eos_id, template.turn_end(tokenizer)})
+        config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+        generation = {"eos_token_id": config["eos_token_id"]}
+        _write(directory / "generation_config.json", json.dumps(generation, indent=2) + "\n")
     config.setdefault("eos_token_id", tokenizer.eos_id)
     _write(directory / "config.json", json.dumps(config, indent=2) + "\n")
     source = Path(tokenizer.path)
@@ -56,6 +61,12 @@ def export(
             shutil.copyfile(file, directory / name)
     if template is not None and template.jinja != tokenizer.chat_template:
         _write(directory / "chat_template.jinja", template.jinja)
+        place = directory / "tokenizer_config.json"
+        if place.is_file():
+            named = json.loads(place.read_text(encoding="utf-8")) | {
+                "chat_template": template.jinja
+            }
+            _write(place, json.dumps(named, indent=2, ensure_ascii=False) + "\n")
 
 
 def _same(a: Path, b: Path) -> bool:

@@ -29,7 +29,7 @@ from omnistep.core import rng
 from omnistep.core.batch import Batch
 from omnistep.core.checkpoint.ranks import all_ranks
 from omnistep.core.checkpoint.shards import CheckpointError
-from omnistep.core.checkpoint.store import open_store
+from omnistep.core.checkpoint.store import CheckpointStore, open_store
 from omnistep.core.config import TRAIN, Arguments, ConfigError
 from omnistep.core.config_help import help_text
 from omnistep.core.config_io import changes, dump, load, wants_help
@@ -166,7 +166,13 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
         while position.step < data.total_steps and not stopping:
             profiler.step(position.step)
             waiting = time.perf_counter()
-            batch, data_state = next(batches)
+            try:
+                batch, data_state = next(batches)
+            except DataError:  # on all ranks alike: what was trained is kept
+                position = report(dispatched, position, logger, meter, train.max_skipped_steps)
+                if position.step > 0:
+                    save(store, position)
+                raise
             waited = time.perf_counter() - waiting
             state, metrics = train_step(position.state, to_device(batch, mesh.device))
             position = attrs.evolve(position, state=state, data=data_state)
@@ -187,9 +193,7 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
                 empty_cache()
 
         position = report(dispatched, position, logger, meter, train.max_skipped_steps)
-        if position.step not in store.steps():
-            store.save(position.step, position.tree())
-        store.wait()
+        save(store, position)
         if stopping and position.step < data.total_steps:
             logger.say(
                 f"stopped and saved at step {position.step}; go on with "
@@ -203,6 +207,13 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
     if first:
         finish(args, output, model, position, mesh, logger.say)
     return 0
+
+
+def save(store: CheckpointStore, position: Position) -> None:
+    """Waits until it is done; a step is not saved twice."""
+    if position.step not in store.steps():
+        store.save(position.step, position.tree())
+    store.wait()
 
 
 @frozen(eq=False)
@@ -365,6 +376,9 @@ def finish(
         places["weights"] = hf
     for name, place in places.items():
         say(f"{name:>12}  {place}")
+    skipped, cut = position.data.skipped, position.data.cut
+    if skipped or cut:
+        say(f"{'read':>12}  {skipped} records skipped, {cut} samples cut to data.max_seq_len")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from omnistep.data.pack import pack
 from omnistep.data.state import PieceId
 from omnistep.data.transform import Tokens
 
-REASONS = 3
+REASONS = 10
 """Of so many skipped records a block says why."""
 
 
@@ -85,6 +85,7 @@ class Counted:
     task: Task
     last: bool
     pieces: int
+    losses: Losses
 
 
 @frozen
@@ -173,7 +174,7 @@ def answer(task: Task, last: bool, samples: "Samples", rules: BlockRules) -> Ans
         block = make_block(task, last, samples, rules)
     except DataError as error:
         return Failure(str(error))
-    return Counted(task, last, len(block.ends)) if task.count else block
+    return Counted(task, last, len(block.ends), block.losses) if task.count else block
 
 
 Samples = Iterable[tuple[int, "list[Tokens] | DataError"]]

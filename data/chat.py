@@ -78,6 +78,8 @@ class Template:
         learn = [bool(m.get("loss_mask", m["role"] == "assistant")) for m in messages]
         spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         text = self.render(messages, tools=tools)
+        if tools and text == self.render(messages):
+            raise DataError(f"the chat template ({self.name}) leaves out the conversation's tools")
         others = [i for i, wanted in enumerate(learn) if wanted and i not in spoken]
         spans: dict[int, Span] = {}
         if others:
@@ -100,6 +102,12 @@ class Template:
                     raise self._doubt(f"message {i + 1} does not end with {closing!r}")
                 spans[i] = (begin + len(opening), end + len(closing))
         return text, [spans[i] for i in sorted(spans) if learn[i]]
+
+    def turn_end(self, tokenizer: Tokenizer) -> int:
+        """The token that ends an assistant's turn: the last that is learnt of it."""
+        talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+        text, ((start, stop),) = self.learnt(talk)
+        return tokenizer.encode(text[start:stop])[-1]
 
     @property
     def _marks_turns(self) -> bool:

@@ -29,6 +29,8 @@ from omnistep.data.tokenizer import Tokenizer
 SHOWN = 10
 """Of so many skipped records the user is told why; further ones are only counted."""
 
+NOTHING = "the data is empty: no sample gave a single token"
+
 Row = list[Piece]
 
 
@@ -114,7 +116,13 @@ class Loader:
 
     def count_pieces(self) -> int:
         """Pieces of an epoch, by one pass through the workers: the length of padded data."""
-        return sum(answer.pieces for answer in self._answers(self._one_pass(count=True)))
+        pieces = 0
+        for answer in self._answers(self._one_pass(count=True)):
+            pieces += answer.pieces
+            self._show(answer.losses.reasons)
+        if not pieces:
+            raise DataError(NOTHING)
+        return pieces
 
     def made_with(self) -> dict[str, int | float | str]:
         """What the stream of rows depends on, besides the content of the samples."""
@@ -267,7 +275,7 @@ class Loader:
             epoch = arrival.epoch
             yield arrival
         if not found:
-            raise DataError("the data is empty: no sample gave a single token")
+            raise DataError(NOTHING)
 
     def _answers(self, tasks: Iterable[Task]) -> Iterator[Any]:
         """What the workers of all ranks return, in the order of the tasks."""

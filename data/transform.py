@@ -62,7 +62,10 @@ class Conversation:
         except DataError as error:
             raise DataError(f"{record.where}: {error}") from error
         if not spans:
-            raise DataError(f"{record.where}: nothing to learn, no message of role assistant")
+            roles = ", ".join(sorted({message["role"] for message in messages}))
+            raise DataError(
+                f"{record.where}: nothing to learn, no message of role assistant (roles: {roles})"
+            )
         ids, offsets = self.tokenizer.encode_with_offsets(text)
         learnt = np.zeros(len(text) + 1, np.int64)  # characters to learn before each one
         for start, stop in spans:
@@ -70,6 +73,11 @@ class Conversation:
         learnt = learnt.cumsum()
         learn = learnt[offsets[:, 1]] > learnt[offsets[:, 0]]
         cut = max(0, len(ids) - self.max_len)
+        if not learn[cut + 1 :].any():
+            raise DataError(
+                f"{record.where}: nothing to learn in its last {self.max_len} tokens "
+                "(data.max_seq_len); the assistant speaks before them"
+            )
         return [Tokens(ids[cut:], learn[cut:], cut)]
 
 

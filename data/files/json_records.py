@@ -23,7 +23,8 @@ def json_object(text: str) -> dict[str, Any]:
     try:
         content = decode(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error}): {text[:80].strip()!r}") from error
+        why = getattr(error, "msg", error)  # without the line: it counts from the record's own
+        raise ValueError(f"not JSON ({why}): {text[:80].strip()!r}") from error
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise ValueError(f"a JSON object is expected, this is a {kind}")

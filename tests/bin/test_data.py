@@ -14,6 +14,7 @@ from tests.bin.runs import (
     call,
     losses,
     process,
+    saved_steps,
     settings,
     succeeded,
     words,
@@ -59,6 +60,7 @@ def test_conversations_are_trained_on_and_exported(files, chats, tmp_path):
     talk = [{"role": "user", "content": "Hark"}]
     text = theirs.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
     assert text == "User: Hark<|endoftext|>\nAssistant:"
+    assert json.loads((tmp_path / "run/hf/config.json").read_text())["eos_token_id"] == 0
     padded = {"train_rmpad_with_pos_ids": False, "train_max_steps": 3}
     chosen = settings(files, tmp_path / "padded", data_train_path=chats, **{**CHAT, **padded})
     assert len(losses_of(chosen, tmp_path / "padded")) == 3
@@ -165,15 +167,19 @@ def test_a_custom_dataset(made, files, tmp_path, monkeypatch):
 def test_bad_records_are_skipped_and_told(files, tmp_path):
     path = tmp_path / "bad.jsonl"
     lines = files.text.read_bytes().splitlines(keepends=True)
-    lines[3:3] = [b"{]\n", b'{"other": 1}\n', b'{"content_split": "\xff"}\n']
+    lines[100:100] = [b"{]\n", b'{"other": 1}\n', b'{"content_split": "\xff"}\n']
     path.write_bytes(b"".join(lines))
-    common = {"data_train_path": path, "data_train_size": 40 * 64, "train_max_steps": 300}
+    common = {"data_train_path": path, "data_train_size": 400 * 64, "train_max_steps": 300}
+    common |= {"data_datasets_type": "iterable", "data_shuffle_buffer": 8}
     chosen = settings(files, tmp_path / "stop", **common)
     result = call(train.main, words(chosen))
     assert result.code == 1
     assert "bad.jsonl, line" in result.err
+    done = max(losses(tmp_path / "stop"))
+    assert saved_steps(tmp_path / "stop") == [done]  # and goes on from there
+    common["train_load_checkpoint_path"] = tmp_path / "stop"
     chosen = settings(files, tmp_path / "skip", **common, data_bad_records="skip")
-    chosen["data.train_size"] = 200 * 64
+    chosen["data.train_size"] = (done + 160) * 64
     result = succeeded(call(train.main, words(chosen)))
     assert "skipped (data.bad_records): " in result.out
     rows = [row for row in read_metrics(tmp_path / "skip/metrics.jsonl") if "loss" in row]
@@ -216,6 +222,9 @@ def test_the_tokenizers_template_is_not_written_twice(files, chats, tmp_path):
     chosen = settings(files, tmp_path / "run", data_train_path=chats, **changes)
     succeeded(call(train.main, words(chosen)))
     ours = json.loads((tmp_path / "run/hf/tokenizer_config.json").read_text())
+    end = AutoTokenizer.from_pretrained(TOKENIZER).convert_tokens_to_ids("<|im_end|>")
+    for name in ("config.json", "generation_config.json"):  # so that generation stops there
+        assert json.loads((tmp_path / "run/hf" / name).read_text())["eos_token_id"] == [0, end]
     assert ours == json.loads((TOKENIZER / "tokenizer_config.json").read_text())
     assert not (tmp_path / "run/hf/chat_template.jinja").exists()
 
@@ -240,3 +249,19 @@ def test_a_list_of_sources_that_is_wrong(text, message, files, tmp_path):
     assert result.code == 1
     assert result.err.count("\n") == 1
     assert re.search(message, result.err), result.err
+
+
+def test_all_records_skipped_says_so(files, tmp_path):
+    (tmp_path / "bad.jsonl").write_text("{]\n[]\n")
+    for changes in ({}, {"train_rmpad_with_pos_ids": False}):
+        chosen = settings(
+            files,
+            tmp_path / "run",
+            data_train_path=tmp_path / "bad.jsonl",
+            data_bad_records="skip",
+            **changes,
+        )
+        result = call(train.main, words(chosen))
+        assert result.code == 1
+        assert "no sample gave a single token" in result.err
+        assert "bad.jsonl, line 1: not JSON" in result.out
