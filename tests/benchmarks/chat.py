@@ -10,45 +10,18 @@ tokenised before the clock starts, ours while it runs. All wait at a gate and st
 """
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.chitchat import write
+from tests.benchmarks.gate import Process
 
 HERE = Path(__file__).parent
 CONTESTANTS = {"omnistep": "omnistep", "HF Trainer": "trainer", "HF Trainer compiled": "compiled"}
-
-
-class Process:
-    """A contestant that makes one step for each line it is sent, and answers with a JSON line."""
-
-    def __init__(self, who: str, data: str, threads: int):
-        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "work_chat.py"), who, data],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
-        )
-
-    def step(self) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith('{"seconds"'):
-                return json.loads(line)
-        self.log.seek(0)
-        sys.exit(f"a contestant died:\n{self.log.read()[-3000:]}")
 
 
 def main() -> None:
@@ -64,7 +37,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = f"{folder}/chat.jsonl"
         print(f"{write(Path(data))} conversations")
-        processes = {n: Process(CONTESTANTS[n], data, options.threads) for n in names}
+        threads = {"OMP_NUM_THREADS": str(options.threads)}
+        start = [sys.executable, str(HERE / "work_chat.py")]
+        processes = {n: Process(n, [*start, CONTESTANTS[n], data], threads) for n in names}
         steps: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         for name in names:
             for _ in range(options.warm):
@@ -73,7 +48,7 @@ def main() -> None:
             for name in names[:: 1 if i % 2 == 0 else -1]:
                 steps[name].append(processes[name].step())
         for process in processes.values():
-            process.process.kill()
+            process.end()
     speeds = {}
     heads = ("targets/s", "ratio", "tokens/s", "useful", "s/step", "loss")
     print(" " * 22 + "".join(f"{head:>11}" for head in heads))

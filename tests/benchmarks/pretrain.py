@@ -1,6 +1,6 @@
 """Pretraining speed against what a user would pick instead, on one machine, in one run.
 
-    python tests/benchmarks/pretrain.py --litgpt-python .venv-litgpt/bin/python
+    python -m tests.benchmarks.pretrain --litgpt-python .venv-litgpt/bin/python
 
 The common work: a Qwen3 of 8 layers, width 512, 8 heads and 4 key/value heads of 64, MLP 1408,
 vocabulary 8192, tied (27.8 M parameters), 4 x 512 tokens a step, AdamW, clipping at 1, fp32; the
@@ -20,12 +20,14 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from tests.benchmarks.gate import Process
+from tests.benchmarks.work import TOKENS, flops_per_step
 
 HERE = Path(__file__).parent
 CONTESTANTS = {
@@ -42,42 +44,13 @@ def command(name: str, litgpt_python: str) -> list[str]:
     return [python, str(HERE / script), *options]
 
 
-class Process:
-    """A contestant that makes one step for each line it is sent, and answers with a JSON line."""
-
-    def __init__(self, name: str, litgpt_python: str, cache: str, steps: int, threads: int):
-        self.name = name
-        self.started = time.time()
-        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
-        environment = {
-            **os.environ,
-            "TORCHINDUCTOR_CACHE_DIR": cache,
-            "OMP_NUM_THREADS": str(threads),
-            "HF_HUB_OFFLINE": "1",
-        }
-        self.process = subprocess.Popen(
-            [*command(name, litgpt_python), "--steps", str(steps)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            env=environment,
-        )
-
-    def step(self) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith('{"seconds"'):
-                return json.loads(line)
-        self.log.seek(0)
-        sys.exit(f"{self.name} died:\n{self.log.read()[-3000:]}")
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
+def contestant(name: str, options: argparse.Namespace, cache: str, steps: int) -> Process:
+    environment = {
+        "TORCHINDUCTOR_CACHE_DIR": f"{cache}/{name.replace(' ', '-')}",
+        "OMP_NUM_THREADS": str(options.threads),
+    }
+    start = [*command(name, options.litgpt_python), "--steps", str(steps)]
+    return Process(name, start, environment)
 
 
 def paired(
@@ -87,13 +60,7 @@ def paired(
     total = options.warm + options.rounds
     processes, cold = [], {}
     for name in names:
-        process = Process(
-            name,
-            options.litgpt_python,
-            f"{cache}/{name.replace(chr(32), chr(45))}",
-            total,
-            options.threads,
-        )
+        process = contestant(name, options, cache, total)
         for i in range(options.warm):
             process.step()
             if i == 0:
@@ -110,9 +77,7 @@ def paired(
 
 def warm_start(name: str, options: argparse.Namespace, cache: str) -> float:
     """Seconds to the first step with the cache that another process has filled."""
-    process = Process(
-        name, options.litgpt_python, f"{cache}/{name.replace(chr(32), chr(45))}", 2, options.threads
-    )
+    process = contestant(name, options, cache, 2)
     process.step()
     seconds = time.time() - process.started
     process.end()
@@ -150,8 +115,6 @@ def main() -> None:
     if not options.litgpt_python and "litgpt compiled" in names:
         print("litgpt is left out: --litgpt-python names no environment")
         names.remove("litgpt compiled")
-
-    from work import TOKENS, flops_per_step
 
     top = ceiling(options.threads)
     with tempfile.TemporaryDirectory() as cache:

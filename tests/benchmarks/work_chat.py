@@ -31,6 +31,8 @@ class Meter:
 
 
 def omnistep(path: str) -> None:
+    from work_omnistep import config as make_config
+
     from omnistep.core import param, rng
     from omnistep.core.optim import adamw
     from omnistep.core.step import init_state, make_train_step
@@ -50,17 +52,7 @@ def omnistep(path: str) -> None:
     batches = make_loader(
         open_reader(described, tokenizer, config.rules, seed=0), tokenizer, config
     ).batches()
-    cfg = decoder.Config(
-        vocab=work.VOCAB,
-        embed=work.EMBED,
-        layers=work.LAYERS,
-        heads=work.HEADS,
-        kv_heads=work.KV_HEADS,
-        head_dim=work.HEAD_DIM,
-        mlp=work.MLP,
-        tied=True,
-        qk_norm=True,
-    )
+    cfg = make_config()
     tree = decoder.params(cfg)
     source = hf.InMemory({k: torch.from_numpy(v) for k, v in work.weights().items()})
     params = hf.import_weights(tree, source, torch.float32, torch.device("cpu"))

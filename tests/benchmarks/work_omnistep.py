@@ -12,14 +12,8 @@ from omnistep.core.step import init_state, make_train_step
 from omnistep.models import decoder, hf
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--remat", default="none")
-    parser.add_argument("--profile", default="", help="write a table of steps 5 to 7 here")
-    options = parser.parse_args()
-
-    cfg = decoder.Config(
+def config() -> decoder.Config:
+    return decoder.Config(
         vocab=work.VOCAB,
         embed=work.EMBED,
         layers=work.LAYERS,
@@ -30,6 +24,16 @@ def main() -> None:
         tied=True,
         qk_norm=True,
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--remat", default="none")
+    parser.add_argument("--profile", default="", help="write a table of steps 5 to 7 here")
+    options = parser.parse_args()
+
+    cfg = config()
     tree = decoder.params(cfg)
     initial = work.weights()
     cpu = torch.device("cpu")
