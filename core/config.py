@@ -111,8 +111,7 @@ class DataArguments:
     """The data: where it is read, how it becomes rows of tokens, how it is loaded."""
 
     train_path: str = required(
-        "file, directory, glob, a comma-separated list of these, or a .yaml of weighted sources "
-        "(paths in it: relative to it)",
+        "file, directory, glob, comma list of these, or a .yaml of sources (paths relative to it)",
         path=True,
     )
     eval_path: str | None = arg(
