@@ -102,7 +102,30 @@ def ring(
         k, v: of one shape and dtype, the same on all ranks.
         seen: for each hop, what `part` must know of the queries here and the keys of `holder`.
     """
-    return _Ring.apply(part, part_backward, group.size, group.index, group.name, q, k, v, *seen)  # pyright: ignore
+    place = (group.size, group.index, group.name)
+    if not torch.is_grad_enabled():  # dynamo loses the context of a Function that needs none
+        return _around(part, *place, q, k, v, seen)[0].to(q.dtype)
+    return _Ring.apply(part, part_backward, *place, q, k, v, *seen)  # pyright: ignore
+
+
+def _around(
+    part: Part,
+    size: int,
+    index: int,
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: tuple[Tensor, ...],
+) -> State:
+    state, kv = None, torch.stack([k, v])
+    for hop in range(size):
+        coming = _send(kv, size, index, name) if hop < size - 1 else None
+        state = part(q, kv[0], kv[1], seen[hop], state, [] if coming is None else [coming])
+        if coming is not None:
+            kv = _wait(coming).view(kv.shape)
+    assert state is not None
+    return state
 
 
 def _send(x: Tensor, size: int, index: int, name: str) -> Tensor:
@@ -130,13 +153,7 @@ def _(k, v, grad):
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx, part, part_backward, size, index, name, q, k, v, *seen):  # pyright: ignore[reportIncompatibleMethodOverride]
-        state, kv = None, torch.stack([k, v])
-        for hop in range(size):
-            coming = _send(kv, size, index, name) if hop < size - 1 else None
-            state = part(q, kv[0], kv[1], seen[hop], state, [] if coming is None else [coming])
-            if coming is not None:
-                kv = _wait(coming).view(kv.shape)
-        out, lse = state  # pyright: ignore
+        out, lse = _around(part, size, index, name, q, k, v, seen)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse, *seen)
         ctx.ring = (part_backward, size, index, name)

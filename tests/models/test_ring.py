@@ -285,6 +285,10 @@ def check_compiled(case, group):
             assert_close(with_gradients(function, *scaled), leaves, TOLERANCE[case[0]])
         check_graphs(group.size, mode, graphs, inputs)
         torch._dynamo.reset()
+    run = torch.compile(ring, fullgraph=True, dynamic=False, backend="eager")
+    with torch.no_grad():  # as an evaluation does
+        assert_close([run(*inputs[:3])], expected[:1], TOLERANCE[case[0]])
+    torch._dynamo.reset()
 
 
 def check_inductor(case, group):
