@@ -177,11 +177,15 @@ def _each_alone(args: Arguments) -> Iterator[Problem]:
         if argument.info.path and value and f",{SHIPPED}" in f",{value}":
             text = f"`{SHIPPED}` is followed by a file of the installed package, as in "
             yield Problem((name,), f"{text}{SHIPPED}data/shakespeare/train.txt")
-    kind = args.data.datasets_type
-    known = ("mapping", "iterable", *(entry.name for entry in entry_points(group=DATASETS)))
+    kind, known = args.data.datasets_type, ("mapping", "iterable")
     if kind not in known and not re.fullmatch(r"[\w.]+:\w+", kind):
-        text = f"must be {', '.join(known)} or package.module:function{nearest(kind, known)}"
-        yield Problem(("data.datasets_type",), text)
+        known += tuple(entry.name for entry in entry_points(group=DATASETS))
+        if kind not in known:
+            text = f"must be {', '.join(known)} or package.module:function{nearest(kind, known)}"
+            yield Problem(("data.datasets_type",), text)
+    if kind == "mapping" and args.data.shuffle_buffer is not None:
+        text = "shuffles streams; by random access (data.datasets_type mapping) all is shuffled"
+        yield Problem(("data.shuffle_buffer", "data.datasets_type"), text)
     if args.train.empty_cache_steps == 0:
         yield Problem(("train.empty_cache_steps",), "must be at least 1, or -1 for never")
 

@@ -1,6 +1,6 @@
 """The unit of work: one block of samples, read, tokenised and planned in a worker."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import attrs
@@ -8,9 +8,10 @@ import numpy as np
 from attrs import frozen
 
 from omnistep.data.errors import DataError
+from omnistep.data.files.records import Record
 from omnistep.data.pack import pack
 from omnistep.data.state import PieceId
-from omnistep.data.transform import Tokens
+from omnistep.data.transform import Tokens, Transform
 
 REASONS = 10
 """Of so many skipped records a block says why."""
@@ -209,22 +210,26 @@ def make_block(task: Task, last: bool, samples: Samples, rules: BlockRules) -> B
     )
 
 
-def checked(pieces: list[Tokens], where: str, longest: int) -> list[Tokens]:
-    """Raises ValueError (it is the transform that is wrong, not a record) for a piece too long."""
+def pieces_of(read: Callable[[], Record], transform: Transform, longest: int) -> list[Tokens]:
+    """What the transform makes of a record. Raises DataError where it is bad, ValueError (it is
+    the transform that is wrong then) for a piece too long."""
+    record = read()
+    pieces = transform(record)
     for piece in pieces:
         if not 0 < len(piece.ids) <= longest:
             raise ValueError(
-                f"{where}: a piece of {len(piece.ids)} tokens; the transform must make pieces of "
-                f"1 to {longest} tokens (data.max_seq_len, less the margin)"
+                f"{record.where}: a piece of {len(piece.ids)} tokens; the transform must make "
+                f"pieces of 1 to {longest} tokens (data.max_seq_len, less the margin)"
             )
     return pieces
 
 
-def blocks_of(reader: Reader, epoch: int | None, shard: int, block: int) -> Iterator[Task]:
-    """Tasks for one shard from a block on; without end where its length is not known yet."""
-    while reader.blocks is None or block < reader.blocks:
-        yield Task(epoch, shard, block)
-        block += 1
+def tried(make: Callable[[], list[Tokens]]) -> list[Tokens] | DataError:
+    """What `make` gives, or why it has nothing to give."""
+    try:
+        return make()
+    except DataError as error:
+        return error
 
 
 def _joined_learn(pieces: Sequence[Tokens]) -> np.ndarray | None:

@@ -77,7 +77,8 @@ class Template:
         """
         learn = [bool(m.get("loss_mask", m["role"] == "assistant")) for m in messages]
         spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        text = self.render(messages, tools=tools)
+        rendered = self._marked(messages, tools, False)
+        text = rendered.translate(_NO_MARKS)
         if tools and text == self.render(messages):
             raise DataError(f"the chat template ({self.name}) leaves out the conversation's tools")
         others = [i for i, wanted in enumerate(learn) if wanted and i not in spoken]
@@ -86,7 +87,7 @@ class Template:
             contents = self._content_spans(messages, others, tools, text)
             spans |= {i: (start, stop) for i, _, start, stop in contents}
         if self._marks_turns:
-            turns = _spans(self._marked(messages, tools, False))
+            turns = _spans(rendered)
             if len(turns) != len(spoken):
                 raise self._doubt(f"it marks {len(turns)} turns where there are {len(spoken)}")
             spans |= dict(zip(spoken, turns, strict=True))

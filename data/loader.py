@@ -18,7 +18,7 @@ from omnistep.core.batch import Batch
 from omnistep.core.checkpoint.ranks import ALONE, Ranks
 from omnistep.core.tree import tree_map
 from omnistep.data.assemble import assemble
-from omnistep.data.blocks import Failure, Piece, Reader, Task, blocks_of
+from omnistep.data.blocks import Failure, Piece, Reader, Task
 from omnistep.data.errors import DataError
 from omnistep.data.loader_config import LoaderConfig
 from omnistep.data.pack import prefix
@@ -258,11 +258,12 @@ class Loader:
             epoch, shard = epoch + 1, 0
 
     def _shard(self, epoch: int | None, shard: int, block: int) -> Iterator[Task]:
-        """Where a shard's length is not known, tasks go on until its end has arrived."""
-        for task in blocks_of(self.reader, epoch, shard, block):
-            if (epoch, shard) in self._ended:
-                return
-            yield task
+        """From a block on. Where a shard's length is not known, tasks go on until its end has
+        arrived."""
+        blocks = self.reader.blocks
+        while (block < blocks) if blocks is not None else ((epoch, shard) not in self._ended):
+            yield Task(epoch, shard, block)
+            block += 1
 
     def _arrivals(
         self, tasks: Iterable[Task], held: Iterable[Piece], number: int = 0

@@ -2,12 +2,12 @@
 
 from bisect import bisect_right
 from collections.abc import Iterable
+from functools import partial
 from itertools import accumulate
 
 from attrs import field, frozen
 
-from omnistep.data.blocks import Answer, BlockRules, Task, answer, checked
-from omnistep.data.errors import DataError
+from omnistep.data.blocks import Answer, BlockRules, Task, answer, pieces_of, tried
 from omnistep.data.order import Mixed, Order
 from omnistep.data.source import Source
 from omnistep.data.transform import Conversation, Tokens, Transform
@@ -68,7 +68,8 @@ class MappingReader:
         else:
             stop = min(start + self.samples, len(self.order))
             order = self.order(task.epoch, start, stop).tolist()
-        made = {sample: self._try(sample) for sample in sorted(order)}  # disk order
+        # in the order of the disk
+        made = {sample: tried(partial(self._pieces, sample)) for sample in sorted(order)}
         pairs = ((sample, made[sample]) for sample in order)
         return answer(task, task.block + 1 == self.blocks, pairs, self.rules)
 
@@ -90,14 +91,7 @@ class MappingReader:
             found["the bytes of the data"] = sum(sizes)
         return {**found, "samples of a block": self.samples}
 
-    def _try(self, sample: int) -> list[Tokens] | DataError:
-        try:
-            return self._pieces(sample)
-        except DataError as error:
-            return error
-
     def _pieces(self, sample: int) -> list[Tokens]:
         number = self.part_of(sample)
-        part = self.parts[number]
-        record = part.source[sample - self._firsts[number]]
-        return checked(part.transform(record), record.where, self.rules.longest)
+        part, index = self.parts[number], sample - self._firsts[number]
+        return pieces_of(lambda: part.source[index], part.transform, self.rules.longest)

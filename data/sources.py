@@ -197,9 +197,13 @@ def _custom(described: Described, tokenizer: Tokenizer, rules: BlockRules, seed:
         source: Source = Indexed(dataset, name)
         if len(source) == 0:
             raise DataError(f"data.datasets_type {name}: the data is empty, it has no samples")
-        block = described.shuffle_buffer or BLOCK_SAMPLES
+        if described.shuffle_buffer is not None:
+            raise DataError(
+                f"data.shuffle_buffer shuffles streams; data.datasets_type {name} returned what "
+                "has random access, and all of that is shuffled: leave it out"
+            )
         order = Shuffled(len(source), seed)
-        return MappingReader((Part("data", source, transform),), order, block, rules)
+        return MappingReader((Part("data", source, transform),), order, BLOCK_SAMPLES, rules)
     if not hasattr(dataset, "__iter__") or iter(dataset) is dataset:
         raise DataError(
             f"data.datasets_type {name} returned a {type(dataset).__name__}; it must return what "

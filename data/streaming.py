@@ -2,12 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
 from attrs import define, field
 
-from omnistep.data.blocks import Answer, BlockRules, Failure, Task, answer, checked
+from omnistep.data.blocks import Answer, BlockRules, Failure, Task, answer, pieces_of, tried
 from omnistep.data.errors import DataError
 from omnistep.data.files.records import Record
 from omnistep.data.order import permuted
@@ -73,7 +74,9 @@ class StreamReader:
         if task.epoch is not None:
             seed = self.seed + 1 + file * 1_000_003 + task.block
             order = permuted(len(unread), seed, task.epoch, 0, len(unread)).tolist()
-        pairs = ((RECORDS * file + start + i, self._try(unread[i])) for i in order)
+        pairs = (
+            (RECORDS * file + start + i, tried(partial(self._pieces, unread[i]))) for i in order
+        )
         return answer(task, len(unread) < self.samples, pairs, self.rules)
 
     def pieces_of(self, samples: Iterable[int]) -> dict[int, list[Tokens]]:
@@ -110,12 +113,5 @@ class StreamReader:
         self._open = (file, start + len(unread), rest)
         return unread
 
-    def _try(self, unread: Unread) -> list[Tokens] | DataError:
-        try:
-            return self._pieces(unread)
-        except DataError as error:
-            return error
-
     def _pieces(self, unread: Unread) -> list[Tokens]:
-        record = unread()
-        return checked(self.transform(record), record.where, self.rules.longest)
+        return pieces_of(unread, self.transform, self.rules.longest)

@@ -130,6 +130,15 @@ def test_a_compressed_stream_goes_on_on_other_ranks(files, tmp_path):
     )
 
 
+def test_a_shuffle_buffer_is_for_streams(files, tmp_path, monkeypatch):
+    (tmp_path / "listed.py").write_text("def made(path):\n    return ['a', 'b']\n")
+    monkeypatch.chdir(tmp_path)
+    changes = {"data_datasets_type": "listed:made", "data_shuffle_buffer": 4}
+    result = call(train.main, words(settings(files, tmp_path / "run", **changes)))
+    assert result.code == 1
+    assert "and all of that is shuffled: leave it out" in result.err
+
+
 @pytest.mark.parametrize("made", ["at_random", "from_the_front"])
 def test_a_custom_dataset(made, files, tmp_path, monkeypatch):
     (tmp_path / f"mine_{made}.py").write_text(

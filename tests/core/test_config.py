@@ -210,9 +210,10 @@ def test_what_is_not_available_yet_says_so(name: str):
     assert f"not available yet (only {shown(NOT_YET[name][0])})" in message
 
 
-def test_custom_datasets_are_named_by_a_dotted_path(monkeypatch):
+def test_custom_datasets_are_named_by_a_dotted_path():
     assert "did you mean iterable" in one("--data.datasets_type=iterabel")
     path = "my.data:source"
+    assert "all is shuffled" in one("--data.shuffle_buffer=8")
     args = attrs.evolve(valid(), data=attrs.evolve(valid().data, datasets_type=path))
     assert resolve(args, world_size=1, cuda=False).data.datasets_type == path
 
