@@ -1,14 +1,18 @@
 """Where a run stands, and where it begins: fresh, or at a checkpoint."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import attrs
+import torch
 from attrs import frozen
 
 from omnistep.bin import build
 from omnistep.bin.build import Model, RunError
 from omnistep.core import param, rng
-from omnistep.core.checkpoint.store import CheckpointStore, open_store
+from omnistep.core.checkpoint.protocol import CheckpointStore, DamagedError
+from omnistep.core.checkpoint.store import open_store
 from omnistep.core.config import Arguments
 from omnistep.core.optim import Optimizer
 from omnistep.core.param import Layout
@@ -25,14 +29,16 @@ class Position:
     data: DataState
     meters: dict[str, float]
     """tokens: targets trained on so far; skipped: steps without update in a row."""
+    model: Mapping[str, Any]
+    """The model's config.json, so that a checkpoint says by itself what it is of."""
 
     @property
     def step(self) -> int:
         return self.data.step
 
     def tree(self) -> Tree:
-        data, meters = json.dumps(self.data.to_json()), json.dumps(self.meters)
-        return {"state": self.state, "data": data, "meters": meters}
+        texts = {"data": self.data.to_json(), "meters": self.meters, "model": dict(self.model)}
+        return {"state": self.state, **{name: json.dumps(text) for name, text in texts.items()}}
 
 
 def start(
@@ -45,7 +51,8 @@ def start(
 ) -> Position:
     """The first position: of a new run, or the checkpoint's that train.load_checkpoint_path names.
 
-    A new run does not begin where another one's checkpoints lie: they would be mixed up.
+    `auto` is the newest step of the run's own that can be read; newer ones are set aside. A new
+    run does not begin where another one's checkpoints lie: they would be mixed up.
     """
     path, own = args.train.load_checkpoint_path, store.latest()
     if path is None and own is not None:
@@ -56,33 +63,92 @@ def start(
     if path is None or (path == "auto" and own is None):
         key = rng.name_key(rng.key(args.train.seed), "step")
         state = init_state(build.make_params(args, model, layout), optimizer, key)
-        return Position(state, DataState(), {"tokens": 0.0, "skipped": 0.0})
-    if path == "auto":
-        source, step = store, own
-    else:
-        directory, step = build.checkpoint_place(path)
-        source = open_store(directory)
-        step = source.latest() if step is None else step
-        if own is not None and (source.directory.resolve(), step) != (
-            store.directory.resolve(),
-            own,
-        ):
-            raise RunError(
-                f"{args.train.output_dir} holds a run's checkpoints, the last of step {own}; what "
-                f"follows {path} would be mixed up with them: choose another train.output_dir"
-            )
+        return Position(state, DataState(), {"tokens": 0.0, "skipped": 0.0}, model.raw)
     weights = param.abstract(model.tree, build.param_dtype(args.train, model), layout)
     abstract = init_state(weights, optimizer, rng.key(0, "meta"))
-    wanted = {"state": abstract, "data": "", "meters": ""}
+
+    def read(source: CheckpointStore, step: int) -> Position:
+        return restore(source, step, abstract, layout.mesh.device)
+
+    if path == "auto":
+        position = newest_sound(store, read, say)
+    else:
+        position = named(path, store, own, read, args.train.output_dir)
+    say(f"  resume  step {position.step}, from {path}")
+    for change in model_changes(position.model, model.raw):
+        say(f" changed  {change}")
+    return attrs.evolve(position, model=model.raw)
+
+
+Read = Callable[[CheckpointStore, int], Position]
+
+
+def newest_sound(store: CheckpointStore, read: Read, say: Callable[[str], None]) -> Position:
+    """The newest step that can be read. Those after it are set aside, for they would be in the way
+    of the steps to come; where none can be read nothing is touched. Raises RunError then."""
+    damaged: dict[int, DamagedError] = {}
+    for step in reversed(store.steps()):
+        try:
+            position = read(store, step)
+        except DamagedError as error:
+            damaged[step] = error
+            continue
+        for other, error in damaged.items():
+            say(f" damaged  step {other}, now {store.set_aside(other)}: {error}")
+        return position
+    reasons = "".join(f"\n  step {step}: {error}" for step, error in damaged.items())
+    raise RunError(
+        "none of the run's checkpoints can be read, and nothing was changed; to begin anew choose "
+        f"another train.output_dir:{reasons}"
+    )
+
+
+def named(
+    path: str, store: CheckpointStore, own: int | None, read: Read, output_dir: str
+) -> Position:
+    """The position of the checkpoint at `path`."""
+    directory, step = build.checkpoint_place(path)
+    source = open_store(directory)
+    step = source.latest() if step is None else step
+    if own is not None and (source.directory, step) != (store.directory, own):
+        raise RunError(
+            f"{output_dir} holds a run's checkpoints, the last of step {own}; what follows {path} "
+            "would be mixed up with them: choose another train.output_dir"
+        )
+    if step is None:
+        raise RunError(f"train.load_checkpoint_path: {path} holds no complete checkpoint")
+    try:
+        return read(source, step)
+    except DamagedError as error:
+        others = ", ".join(str(other) for other in source.steps() if other != step)
+        also = f"; {directory} also holds step {others}" if others else ""
+        raise DamagedError(f"{error}{also}") from error
+    finally:
+        source.close()
+
+
+def restore(
+    source: CheckpointStore, step: int, abstract: TrainState, device: torch.device
+) -> Position:
+    """Raises RunError where the checkpoint holds more than `abstract`, CheckpointError where it
+    holds less or is damaged."""
+    wanted = {"state": abstract, "data": "", "meters": "", "model": ""}
     if more := sorted(source.stored(step).keys() - leaves_with_names(wanted).keys()):
         raise RunError(
-            f"the checkpoint {path} holds what this run has no place for: {', '.join(more[:8])}"
-            f"{', …' if len(more) > 8 else ''}. It is of another model or optimizer: set "
-            "model.config_path and train.optimizer as in the recipe.yaml of its run"
+            f"the checkpoint {source.directory}/{step} holds what this run has no place for: "
+            f"{', '.join(more[:8])}{', …' if len(more) > 8 else ''}. It is of another model or "
+            "optimizer: set model.config_path and train.optimizer as in the recipe.yaml of its run"
         )
-    found = source.restore(wanted, step, device=layout.mesh.device)
-    position = Position(
-        found["state"], DataState.from_json(json.loads(found["data"])), json.loads(found["meters"])
-    )
-    say(f"  resume  step {position.step}, from {path}")
-    return position
+    found = source.restore(wanted, step, device=device)
+    data, meters, config = (json.loads(found[name]) for name in ("data", "meters", "model"))
+    return Position(found["state"], DataState.from_json(data), meters, config)
+
+
+def model_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two config.json, `rope_theta: 10000.0, was 500000.0`."""
+    names = sorted(before.keys() | now.keys())
+    return [
+        f"{name} of the model: {now.get(name)}, was {before.get(name)}"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from attrs import Factory, define, frozen
 
 from omnistep.bin.launch import FAILURE, LAUNCHER, LOST_PEER
-from omnistep.bin.stop import AT_ONCE, INTERRUPTED, RESUME_ME
+from omnistep.bin.stop import AT_ONCE, INTERRUPTED, RESUME_ME, WISHES
 
 GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL for the ranks that are left when one has failed."""
@@ -35,8 +35,8 @@ def spawn(command: Sequence[str], nproc: int, grace: float = GRACE) -> int:
 
     Rank 0 has our standard output and error. When a rank fails the others are ended, and what it
     said is printed if it was not rank 0; the code is its own, 128 + n where signal n killed it.
-    RESUME_ME when the ranks ended with it. SIGTERM and Ctrl-C reach every rank as SIGTERM; a
-    second Ctrl-C kills them.
+    RESUME_ME when the ranks ended with it. SIGTERM, SIGUSR1 and Ctrl-C reach every rank as
+    SIGTERM; a second Ctrl-C kills them.
     """
     # here, and not in rank 0: it picks a free port by itself, and outlives every rank
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -106,7 +106,7 @@ def _start(
 
 @define
 class _Signals:
-    """SIGTERM and SIGINT that we got."""
+    """The wishes to end, and SIGINT, that we got."""
 
     asked: bool = False
     first: int = 0
@@ -121,7 +121,7 @@ class _Signals:
             os.write(2, AT_ONCE)
 
     def __enter__(self) -> "_Signals":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (*WISHES, signal.SIGINT):
             self._before[number] = signal.signal(number, self._note)
         return self
 

@@ -11,7 +11,10 @@ from omnistep.parallel.collectives import all_reduce
 from omnistep.parallel.mesh import Group
 
 RESUME_ME = 75
-"""Exit code after SIGTERM: all is saved, the run is not finished (EX_TEMPFAIL)."""
+"""Exit code after such a wish: all is saved, the run is not finished (EX_TEMPFAIL)."""
+
+WISHES = (signal.SIGTERM, signal.SIGUSR1)
+"""Signals that wish a run to save and end."""
 
 INTERRUPTED = 130
 """Exit code after a second Ctrl-C, as shells have it: 128 + SIGINT."""
@@ -21,7 +24,8 @@ AT_ONCE = b"interrupted a second time: ended at once, without saving\n"
 
 
 class Stop:
-    """SIGTERM and the first Ctrl-C ask the loop to save and end; a second Ctrl-C ends at once."""
+    """SIGTERM, SIGUSR1 and the first Ctrl-C ask the loop to save and end; a second Ctrl-C ends at
+    once. SLURM warns of the end of a job by the signal that `sbatch --signal` names, often USR1."""
 
     def __init__(self, *, silent: bool = False) -> None:
         self.asked = False
@@ -39,7 +43,7 @@ class Stop:
         return bool(all_reduce(torch.tensor([int(self.asked)]), world, "max"))
 
     def __enter__(self) -> "Stop":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (*WISHES, signal.SIGINT):
             self._before[number] = signal.signal(number, self._ask)
         return self
 

@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -15,21 +15,21 @@ from typing import Any
 
 import attrs
 import torch
-from attrs import define, field, frozen
 from torch import Tensor
 
 from omnistep.bin import build
-from omnistep.bin.build import Data, Model, RunError
+from omnistep.bin.build import Model, RunError
 from omnistep.bin.export import export
 from omnistep.bin.launch import Launch, LaunchError, fail, join, leave, read_launch, take_nproc
 from omnistep.bin.position import Position, start
+from omnistep.bin.report import Dispatched, Meters, Say, report
 from omnistep.bin.spawn import spawn
 from omnistep.bin.stop import RESUME_ME, Stop
 from omnistep.core import rng
 from omnistep.core.batch import Batch
+from omnistep.core.checkpoint.protocol import CheckpointError, CheckpointStore
 from omnistep.core.checkpoint.ranks import all_ranks
-from omnistep.core.checkpoint.shards import CheckpointError
-from omnistep.core.checkpoint.store import CheckpointStore, open_store
+from omnistep.core.checkpoint.store import open_store
 from omnistep.core.config import TRAIN, Arguments, ConfigError
 from omnistep.core.config_help import help_text
 from omnistep.core.config_io import changes, dump, load, wants_help
@@ -41,13 +41,12 @@ from omnistep.core.logs import (
     plot_losses,
     read_metrics,
 )
-from omnistep.core.meters import Meter, peak_flops, rates, tick
+from omnistep.core.meters import peak_flops
 from omnistep.core.profile import ProfileConfig, Profiler
 from omnistep.core.step import make_eval_step, make_train_step
 from omnistep.core.tree import Tree, tree_map
 from omnistep.data.errors import DataError
 from omnistep.data.loader import Loader
-from omnistep.data.state import DataState
 from omnistep.models import decoder
 from omnistep.models.hf import ConfigJsonError
 from omnistep.parallel.mesh import Mesh
@@ -56,9 +55,6 @@ EXPECTED = (
     *(ConfigError, LaunchError, RunError, DataError, ConfigJsonError, CheckpointError, OSError),
 )
 """Errors that say all there is to say; others need a traceback."""
-
-Say = Callable[[str], None]
-Metrics = dict[str, Tensor]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -120,7 +116,11 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
     with ExitStack() as stack:
         stack.callback(data.loader.close)
         make_output_dir(output)
-        store = open_store(output / "checkpoints", keep=train.keep_checkpoints or None)
+        store = open_store(
+            output / "checkpoints",
+            keep=train.keep_checkpoints or None,
+            keep_every=train.keep_checkpoint_every or None,
+        )
         stack.callback(store.close)
         position = start(args, model, store, layout, optimizer, say)
         batches = data.loader.batches(position.data)  # refuses a checkpoint made with other data
@@ -136,7 +136,7 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
         logger = stack.enter_context(
             Logger(output, data.total_steps, position.step, silent=not first)
         )
-        meter = _Meters(data, model, mesh, peak)
+        meter = Meters(data, model, mesh, peak, store, logger.say)
         if train.use_wandb and first:
             config = attrs.asdict(args)
             logger.wandb = Wandb(
@@ -160,7 +160,7 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
         # of a step that was saved, the evaluation may be missing: a kill came in between
         if position.step == 0 or _due(position.step, train.eval_steps):
             evaluate(position)
-        dispatched: _Dispatched | None = None
+        dispatched: Dispatched | None = None
         stopping = stop.agreed(mesh.world)
 
         while position.step < data.total_steps and not stopping:
@@ -178,7 +178,7 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
             position = attrs.evolve(position, state=state, data=data_state)
             # the device is busy with this step: time to look at what the last one gave
             position = report(dispatched, position, logger, meter, train.max_skipped_steps)
-            dispatched = _Dispatched(data_state, metrics, batch, waited)
+            dispatched = Dispatched(data_state, metrics, batch, waited)
 
             stopping = stop.agreed(mesh.world)
             if position.step == data.total_steps or stopping:
@@ -194,6 +194,7 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
 
         position = report(dispatched, position, logger, meter, train.max_skipped_steps)
         save(store, position)
+        meter.saves()
         if stopping and position.step < data.total_steps:
             logger.say(
                 f"stopped and saved at step {position.step}; go on with "
@@ -214,76 +215,6 @@ def save(store: CheckpointStore, position: Position) -> None:
     if position.step not in store.steps():
         store.save(position.step, position.tree())
     store.wait()
-
-
-@frozen(eq=False)
-class _Dispatched:
-    """A step whose metrics nobody has read yet."""
-
-    data: DataState
-    metrics: Metrics
-    batch: Batch
-    waited: float
-
-    @property
-    def step(self) -> int:
-        return self.data.step
-
-
-@define
-class _Meters:
-    data: Data
-    model: Model
-    mesh: Mesh
-    peak: float | None
-    """Of one device."""
-    meter: Meter = field(factory=Meter)
-
-    def read(self, step: int, tokens: float, batch: Batch, waited: float) -> dict[str, float]:
-        cfg = self.model.cfg
-        # the other data ranks' samples are taken to be as long as this one's
-        visible = decoder.visible_pairs(batch, cfg) * self.mesh.data_ranks
-        flops = decoder.flops(cfg, tokens, visible)
-        peak = None if self.peak is None else self.peak * self.mesh.world.size
-        now = time.perf_counter()
-        self.meter = tick(self.meter, now, tokens=tokens, flops=flops, waited=waited)
-        return rates(self.meter, steps_left=self.data.total_steps - step, peak=peak)
-
-
-def report(
-    done: _Dispatched | None, position: Position, logger: Logger, meter: _Meters, most_skipped: int
-) -> Position:
-    """Reads a step's metrics (which waits for it), logs them, counts; stops a run gone wrong."""
-    if done is None:
-        return position
-    values = {name: float(value) for name, value in done.metrics.items()}
-    skipped = position.meters["skipped"] + 1 if values["skipped"] else 0.0
-    meters = {"tokens": position.meters["tokens"] + values["weight"], "skipped": skipped}
-    speed = meter.read(done.step, values["weight"], done.batch, done.waited)
-    fed = fed_by(done.data, meter.data.loader.reader.names)
-    logger.log(done.step, {**values, **speed, **fed, "tokens": meters["tokens"]})
-    if not meters["tokens"] and done.step >= min(most_skipped, meter.data.total_steps):
-        raise RunError(
-            f"{done.step} steps had no token to learn: the samples of data.train_path are empty"
-        )
-    if skipped:
-        logger.say(f"step {done.step}: the gradient is not finite; the update is skipped")
-    if skipped >= most_skipped:
-        raise RunError(
-            f"{skipped:.0f} steps in a row had a non-finite gradient (train.max_skipped_steps): "
-            "the run stops. Try a smaller train.lr, or go back to an earlier checkpoint"
-        )
-    return attrs.evolve(position, meters=meters)
-
-
-def fed_by(data: DataState, names: Sequence[str]) -> dict[str, float]:
-    """What the data has given so far of each mixed source; and what was not taken whole."""
-    counts = {"skipped_records": data.skipped, "cut_samples": data.cut}
-    fed = {name: float(count) for name, count in counts.items() if count}
-    if len(names) > 1:
-        for name, (samples, tokens) in zip(names, data.given, strict=True):
-            fed |= {f"samples/{name}": float(samples), f"tokens/{name}": float(tokens)}
-    return fed
 
 
 def evaluations(metrics: Path) -> dict[int, float]:

@@ -186,6 +186,9 @@ def _each_alone(args: Arguments) -> Iterator[Problem]:
     if kind == "mapping" and args.data.shuffle_buffer is not None:
         text = "shuffles streams; by random access (data.datasets_type mapping) all is shuffled"
         yield Problem(("data.shuffle_buffer", "data.datasets_type"), text)
+    if args.train.keep_checkpoint_every and not args.train.keep_checkpoints:
+        text = "says what is kept beside the newest; train.keep_checkpoints 0 keeps all"
+        yield Problem(("train.keep_checkpoint_every", "train.keep_checkpoints"), text)
     if args.train.empty_cache_steps == 0:
         yield Problem(("train.empty_cache_steps",), "must be at least 1, or -1 for never")
 

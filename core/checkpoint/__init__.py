@@ -1,7 +1,14 @@
 """Checkpoints: the CheckpointStore protocol, orbax behind it, safetensors in and out."""
 
 from omnistep.core.checkpoint.orbax import OrbaxStore
-from omnistep.core.checkpoint.shards import CheckpointError
-from omnistep.core.checkpoint.store import CheckpointStore, open_store
+from omnistep.core.checkpoint.protocol import CheckpointError, CheckpointStore, DamagedError, Saved
+from omnistep.core.checkpoint.store import open_store
 
-__all__ = ["CheckpointError", "CheckpointStore", "OrbaxStore", "open_store"]
+__all__ = [
+    "CheckpointError",
+    "CheckpointStore",
+    "DamagedError",
+    "OrbaxStore",
+    "Saved",
+    "open_store",
+]

@@ -50,7 +50,13 @@ class Catalogue:
     them in a thread of its own.
     """
 
-    def __init__(self, directory: str, keep: int | None, write: Callable[[str, list[Shard]], None]):
+    def __init__(
+        self,
+        directory: str,
+        keep: int | None,
+        keep_every: int | None,
+        write: Callable[[str, list[Shard]], None],
+    ):
         registry = type_handlers.create_type_handler_registry(
             (int, type_handlers.ScalarHandler()),
             (str, type_handlers.StringHandler()),
@@ -58,6 +64,7 @@ class Catalogue:
         )
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
+            keep_period=keep_every,
             cleanup_tmp_directories=True,
             # orbax's own asynchrony hangs for minutes on a directory that cannot be made
             enable_async_checkpointing=False,

@@ -10,7 +10,10 @@ neither. Forking a process after that is unsafe: start data-loader workers befor
 """
 
 import contextlib
+import itertools
+import math
 import threading
+import time
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,32 +22,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omnistep.core.checkpoint.protocol import CheckpointError, Saved
 from omnistep.core.checkpoint.ranks import Ranks, all_ranks
 from omnistep.core.checkpoint.shards import (
-    CheckpointError,
     HostCopies,
     Shard,
+    Streamed,
     snapshot,
     write_shards,
 )
-from omnistep.core.checkpoint.stored import open_stored, text_checksums
+from omnistep.core.checkpoint.stored import checksums, open_stored
 from omnistep.core.tree import Tree, leaves_with_names, map_with_name
 
 
 class OrbaxStore:
     """Checkpoints of one directory. Every method is collective: all ranks call it.
 
-    A state is a tree (core/tree.py) of Tensor, DTensor, str and int leaves. Leaves are stored
-    and found by their dotted names, so the classes that hold them may change between runs.
+    A state is a tree (core/tree.py) of Tensor, DTensor, Streamed, str and int leaves. Leaves are
+    stored and found by their dotted names, so the classes that hold them may change between runs.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int | None = None):
+    def __init__(
+        self, directory: str | Path, *, keep: int | None = None, keep_every: int | None = None
+    ):
         if "://" in str(directory):
             raise ValueError(f"{directory}: a checkpoint directory is a local (or mounted) path")
         if keep is not None and keep < 1:
             raise ValueError(f"keep is {keep}; it is the number of steps kept, at least 1, or None")
+        if keep_every is not None and keep_every < 1:
+            raise ValueError(f"keep_every is {keep_every}; it is a number of steps, at least 1")
         self.directory = Path(directory).resolve()  # tensorstore takes no `..`
-        self._keep = keep
+        self.last_saved: Saved | None = None
+        """The last save that was committed; to read it waits for nothing."""
+        self._keep, self._keep_every = keep, keep_every
         self._ranks = all_ranks()
         self._copies = HostCopies()
         self._catalogue: Any = None
@@ -63,6 +73,7 @@ class OrbaxStore:
         waited for first, and raises here when it failed. Raises CheckpointError on every rank
         when the step exists, the directory cannot be made, or a leaf cannot be stored.
         """
+        began = time.perf_counter()
         self.wait()
         leaves: dict[str, Any] = {}
 
@@ -73,7 +84,9 @@ class OrbaxStore:
 
         self._ranks.together(prepare)
         self._step = step
-        self._saving = threading.Thread(target=self._run, args=(step, leaves), name="checkpoint")
+        stall = time.perf_counter() - began
+        started = (step, leaves, began, stall)
+        self._saving = threading.Thread(target=self._run, args=started, name="checkpoint")
         self._saving.start()
 
     def wait(self) -> None:
@@ -122,6 +135,17 @@ class OrbaxStore:
         self._ranks.together(read)
         return map_with_name(lambda name, _: values[name], abstract)
 
+    def set_aside(self, step: int) -> str:
+        """Renames a committed step to `<step>.damaged`, which nothing reads; its new place.
+
+        For one that cannot be restored: it keeps its bytes, and gives the step's name free.
+        """
+        source = self._arrays_of(step).parent
+        taken = (self.directory / f"{step}.damaged{n or ''}" for n in itertools.count())
+        place = self._ranks.broadcast(next(path for path in taken if not path.exists()))
+        self._ranks.together(lambda: source.rename(place) if self._ranks.rank == 0 else None)
+        return str(place)
+
     def close(self) -> None:
         """Waits for the save in flight, then gives back what the store holds."""
         try:
@@ -133,12 +157,15 @@ class OrbaxStore:
 
     # --- the save's thread; the ranks talk to each other there only, until wait() joined it ---
 
-    def _run(self, step: int, leaves: dict[str, Any]) -> None:
+    def _run(self, step: int, leaves: dict[str, Any], began: float, stall: float) -> None:
         try:
+            self._copies.wait()
             if self._ranks.rank == 0:
                 self._lead(step, leaves)
             else:
                 self._follow([leaf for leaf in leaves.values() if isinstance(leaf, Shard)])
+            seconds = time.perf_counter() - began
+            self.last_saved = Saved(step, _size(leaves), stall, seconds)
         except Exception as error:
             self._failure = error
 
@@ -148,8 +175,10 @@ class OrbaxStore:
             if self._catalogue is None:
                 from omnistep.core.checkpoint.catalogue import Catalogue
 
-                self._catalogue = Catalogue(str(self.directory), self._keep, self._write)
-            self._catalogue.save(step, _nested(leaves), text_checksums(leaves))
+                self._catalogue = Catalogue(
+                    str(self.directory), self._keep, self._keep_every, self._write
+                )
+            self._catalogue.save(step, _nested(leaves), checksums(leaves))
         except Exception as error:
             self._forget_catalogue()  # it counts the failed step; the next one cleans up after it
             self._ranks.broadcast(("done", str(error) or type(error).__name__))
@@ -216,7 +245,7 @@ def _snapshots(state: Tree, ranks: Ranks, copies: HostCopies) -> dict[str, Any]:
     for name, leaf in named.items():
         if not all(name.split(".")) or "/" in name or "~" in name:
             raise ValueError(f"{name!r} cannot name a leaf: a key is empty or holds '/' or '~'")
-        if isinstance(leaf, bool) or not isinstance(leaf, Tensor | str | int):
+        if isinstance(leaf, bool) or not isinstance(leaf, Tensor | Streamed | str | int):
             raise ValueError(
                 f"{name} is a {type(leaf).__name__}; a checkpoint holds tensors, ints and str "
                 "(JSON text for anything else)"
@@ -227,10 +256,15 @@ def _snapshots(state: Tree, ranks: Ranks, copies: HostCopies) -> dict[str, Any]:
             raise ValueError(f"{name} is a leaf and also a part of other leaves' names")
     return {
         name: snapshot(name, leaf, ranks.rank, ranks.size, copies)
-        if isinstance(leaf, Tensor)
+        if isinstance(leaf, Tensor | Streamed)
         else leaf
         for name, leaf in named.items()
     }
+
+
+def _size(leaves: Mapping[str, Any]) -> int:
+    shards = [leaf for leaf in leaves.values() if isinstance(leaf, Shard)]
+    return sum(math.prod(shard.shape) * shard.dtype.itemsize for shard in shards)
 
 
 def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:

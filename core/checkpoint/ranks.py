@@ -7,7 +7,7 @@ import torch.distributed as dist
 from attrs import frozen
 from torch.distributed import distributed_c10d as _c10d
 
-from omnistep.core.checkpoint.shards import CheckpointError
+from omnistep.core.checkpoint.protocol import CheckpointError, DamagedError
 
 
 @frozen
@@ -33,20 +33,23 @@ class Ranks:
         return box[0]
 
     def together(self, action: Callable[[], None]) -> None:
-        """Runs `action` on every rank; if it fails on one, raises CheckpointError on all."""
+        """Runs `action` on every rank; if it fails on one, raises CheckpointError on all: a
+        DamagedError where the first rank that failed met one."""
         failure: Exception | None = None
         try:
             action()
         except Exception as error:
             failure = error
-        mine = None if failure is None else str(failure) or type(failure).__name__
-        reasons = [(rank, text) for rank, text in enumerate(self.gather(mine)) if text is not None]
+        mine = None
+        if failure is not None:
+            mine = str(failure) or type(failure).__name__, isinstance(failure, DamagedError)
+        reasons = [(rank, why) for rank, why in enumerate(self.gather(mine)) if why is not None]
         if not reasons:
             return
-        rank, text = reasons[0]
+        rank, (text, is_damage) = reasons[0]
         where = f"rank {rank}: " if self.size > 1 else ""
         others = f" (and {len(reasons) - 1} more ranks failed)" if len(reasons) > 1 else ""
-        raise CheckpointError(where + text + others) from failure
+        raise (DamagedError if is_damage else CheckpointError)(where + text + others) from failure
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank."""

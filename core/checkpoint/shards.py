@@ -8,7 +8,7 @@ does its own. A crc32c per chunk finds flipped bits, which orbax's default codec
 import math
 import sys
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -18,12 +18,10 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from omnistep.core.checkpoint.protocol import CheckpointError, DamagedError
+
 CHUNK_BYTES = 4 << 20
 """Small chunks make another mesh's sub-ranges cheap to read: 2.5 times faster than 32 MiB ones."""
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be saved, found or restored; the message says which and why."""
 
 
 # --- dtypes: numpy lacks bfloat16 and float8, ml_dtypes adds them -------------------------------
@@ -138,25 +136,50 @@ class HostCopies:
     """Host memory for the copies of a save, kept for the next one.
 
     Fresh pages cost several times the copy itself, and given back they fragment the heap.
-    Copies from a GPU go to pinned memory, which the device writes at full speed.
+    Copies from a GPU go to pinned memory, which the device writes at full speed, in the order of
+    its other work: only `wait` waits for them.
     """
 
     def __init__(self) -> None:
         self._held: dict[str, Tensor] = {}
+        self._arrived: torch.cuda.Event | None = None
 
     def copy(self, name: str, local: Tensor) -> Tensor:
-        """A contiguous CPU copy of `local`, good until the next copy under this name."""
+        """A contiguous CPU copy of `local`, good from `wait` until the next copy by this name."""
+        pinned = local.device.type == "cuda"
         held = self._held.get(name)
         if held is None or (held.shape, held.dtype) != (local.shape, local.dtype):
-            pinned = local.device.type == "cuda"
             held = torch.empty(local.shape, dtype=local.dtype, pin_memory=pinned)
             self._held[name] = held
-        return held.copy_(local)
+        held.copy_(local, non_blocking=True)
+        if pinned:
+            self._arrived = self._arrived or torch.cuda.Event()
+            self._arrived.record()
+        return held
+
+    def wait(self) -> None:
+        """Returns when all copies hold their values."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+
+
+Blocks = Callable[[], Iterable[tuple[tuple[int, ...], Tensor]]]
+"""Makes the values of a leaf: (offset, block) pairs that together cover it."""
+
+
+@frozen(eq=False)
+class Streamed:
+    """A leaf that is never whole in memory: its blocks are made one by one as they are written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    blocks: Blocks
 
 
 @frozen(eq=False)
 class Shard:
-    """This rank's part of one leaf. `data` is None where another rank writes it, or it is empty."""
+    """This rank's part of one leaf: `data`, or `blocks` of it. Both are None where another rank
+    writes it, or it is empty."""
 
     name: str
     shape: tuple[int, ...]
@@ -164,15 +187,23 @@ class Shard:
     chunk: tuple[int, ...]
     offset: tuple[int, ...]
     data: np.ndarray | None
+    blocks: Blocks | None = None
 
 
-def snapshot(name: str, leaf: Tensor, rank: int, ranks: int, copies: HostCopies) -> Shard:
+def snapshot(
+    name: str, leaf: Tensor | Streamed, rank: int, ranks: int, copies: HostCopies
+) -> Shard:
     """This rank's part of `leaf`, copied; the leaf may be overwritten at once.
 
     Of the replicas of a leaf one writes it, drawn by the leaf's name so that the work spreads.
     Raises ValueError, naming the leaf, for placements other than Shard and Replicate.
     """
     draw = zlib.crc32(name.encode())
+    if isinstance(leaf, Streamed):
+        dtype, uncut = _stored_dtype(name, leaf.dtype), [[] for _ in leaf.shape]
+        chunk, origin = chunk_shape(leaf.shape, uncut, dtype.itemsize), (0,) * len(leaf.shape)
+        mine = rank == draw % ranks and 0 not in leaf.shape
+        return Shard(name, leaf.shape, dtype, chunk, origin, None, leaf.blocks if mine else None)
     shape, offset = local_extent(leaf)
     parts: list[list[int]] = [[] for _ in leaf.shape]
     if (whole := as_dtensor(leaf)) is None:
@@ -190,10 +221,7 @@ def snapshot(name: str, leaf: Tensor, rank: int, ranks: int, copies: HostCopies)
                     f"{name}: placements {whole.placements} cannot be saved; "
                     "only Shard(dim) and Replicate() can: redistribute it first"
                 )
-    try:
-        dtype = numpy_dtype(leaf.dtype)
-    except TypeError as error:
-        raise ValueError(f"{name}: a tensor of {leaf.dtype} cannot be stored") from error
+    dtype = _stored_dtype(name, leaf.dtype)
     chunk = chunk_shape(leaf.shape, parts, dtype.itemsize)
     extent = list(zip(offset, shape, chunk, leaf.shape, strict=True))
     if any(n and (o % c or ((o + n) % c and o + n != size)) for o, n, c, size in extent):
@@ -202,6 +230,13 @@ def snapshot(name: str, leaf: Tensor, rank: int, ranks: int, copies: HostCopies)
     mine = owner and local.numel() > 0
     data = to_numpy(copies.copy(name, local.detach())) if mine else None
     return Shard(name, tuple(leaf.shape), dtype, chunk, offset, data)
+
+
+def _stored_dtype(name: str, dtype: torch.dtype) -> np.dtype:
+    try:
+        return numpy_dtype(dtype)
+    except TypeError as error:
+        raise ValueError(f"{name}: a tensor of {dtype} cannot be stored") from error
 
 
 # --- tensorstore --------------------------------------------------------------------------------
@@ -256,6 +291,7 @@ def write_shards(directory: str, rank: int, shards: Iterable[Shard]) -> None:
     database = f"{directory}/ocdbt.process_torch{rank}"
     context, transaction = _context(), ts.Transaction(atomic=True)
     mine = [s for s in shards if s.data is not None or (rank == 0 and 0 in s.shape)]
+    streamed = [s for s in shards if s.blocks is not None]
     opened = [
         ts.open(
             _write_spec(database, shard),
@@ -275,6 +311,11 @@ def write_shards(directory: str, rank: int, shards: Iterable[Shard]) -> None:
     for pending in [*opened, *writes]:
         pending.result()
     transaction.commit_sync()
+    for shard in streamed:
+        array = ts.open(_write_spec(database, shard), create=True, context=context).result()
+        for offset, block in shard.blocks() if shard.blocks else ():
+            target = array[_slices(offset, block.shape)]
+            target.write(to_numpy(block.detach().cpu().contiguous())).result()
 
 
 def open_arrays(directory: str, names: Iterable[str]) -> dict[str, ts.TensorStore]:
@@ -313,10 +354,10 @@ def read_array(array: ts.TensorStore, name: str, directory: str, like: Tensor | 
         raise damaged(name, directory, error) from error
 
 
-def damaged(name: str, directory: str, error: Exception) -> CheckpointError:
+def damaged(name: str, directory: str, error: Exception) -> DamagedError:
     """What to raise when the leaf `name` cannot be read; tensorstore's reason, shortened."""
     reason = str(error).split(" [", 1)[0]
-    return CheckpointError(
+    return DamagedError(
         f"'{name}' in the checkpoint {directory} is damaged and cannot be restored: {reason}"
     )
 

@@ -16,8 +16,8 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from omnistep.core.checkpoint.protocol import CheckpointError
 from omnistep.core.checkpoint.shards import (
-    CheckpointError,
     as_dtensor,
     damaged,
     open_arrays,
@@ -30,9 +30,21 @@ LEAVES_IN_FLIGHT = 4
 MISFITS_SHOWN = 8
 
 
-def text_checksums(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """What a save adds to the tree's metadata: orbax keeps texts in a JSON file without a sum."""
-    return {"crc32": {n: zlib.crc32(v.encode()) for n, v in leaves.items() if isinstance(v, str)}}
+def checksums(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """What a save adds to the tree's metadata, which orbax keeps in JSON files without a sum: one
+    of the leaves' names and kinds, one of each text."""
+    texts = {name: zlib.crc32(v.encode()) for name, v in leaves.items() if isinstance(v, str)}
+    kinds = {name: _kind(leaf) for name, leaf in leaves.items()}
+    return {"crc32": texts, "names": _names_checksum(kinds)}
+
+
+def _kind(leaf: Any) -> str:
+    """As orbax's metadata calls it."""
+    return {str: "string", int: "scalar"}.get(type(leaf), "np.ndarray")
+
+
+def _names_checksum(kinds: Mapping[str, str]) -> int:
+    return zlib.crc32(json.dumps(sorted(kinds.items())).encode())
 
 
 @frozen(eq=False)
@@ -105,14 +117,17 @@ def open_stored(directory: Path) -> Stored:
             )
             for entry in metadata["tree_metadata"].values()
         }
-        checksums = dict((metadata.get("custom_metadata") or {}).get("crc32", {}))
+        sums = metadata.get("custom_metadata") or {}  # plain orbax writes none
+        if sums.get("names", expected := _names_checksum(kinds)) != expected:
+            raise ValueError("the names of its leaves are altered")
+        text_sums = dict(sums.get("crc32", {}))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise damaged("_METADATA", str(directory), error) from error
     texts = [name for name, kind in kinds.items() if kind == "string"]
     return Stored(
         str(directory),
         open_arrays(str(directory), [name for name in kinds if kinds[name] != "string"]),
-        _read_texts(directory, texts, checksums) if texts else {},
+        _read_texts(directory, texts, text_sums) if texts else {},
         frozenset(name for name, kind in kinds.items() if kind == "scalar"),
     )
 
@@ -124,10 +139,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise damaged(path.name, str(path.parent), error) from error
 
 
-def _read_texts(directory: Path, names: list[str], checksums: Mapping[str, int]) -> dict[str, str]:
+def _read_texts(directory: Path, names: list[str], sums: Mapping[str, int]) -> dict[str, str]:
     held = _read_json(directory / "_strings.json")
     for name in names:
-        text, checksum = held.get(name), checksums.get(name)  # no sum: plain orbax wrote it
+        text, checksum = held.get(name), sums.get(name)  # no sum: plain orbax wrote it
         if not isinstance(text, str) or checksum not in (None, zlib.crc32(text.encode())):
             raise damaged(name, str(directory), ValueError("its text is missing or altered"))
     return {name: held[name] for name in names}

@@ -1,0 +1,108 @@
+"""What a run says of its steps: their metrics, its speed, what it was fed, what its saves took."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import attrs
+from attrs import define, field, frozen
+from torch import Tensor
+
+from omnistep.bin.build import Data, Model, RunError
+from omnistep.bin.position import Position
+from omnistep.core.batch import Batch
+from omnistep.core.checkpoint.protocol import CheckpointStore, Saved
+from omnistep.core.logs import Logger
+from omnistep.core.meters import Meter, rates, tick
+from omnistep.data.state import DataState
+from omnistep.models import decoder
+from omnistep.parallel.mesh import Mesh
+
+Say = Callable[[str], None]
+
+
+@frozen(eq=False)
+class Dispatched:
+    """A step whose metrics nobody has read yet."""
+
+    data: DataState
+    metrics: Mapping[str, Tensor]
+    batch: Batch
+    waited: float
+
+    @property
+    def step(self) -> int:
+        return self.data.step
+
+
+@define
+class Meters:
+    """How fast a run is, and what its saves took."""
+
+    data: Data
+    model: Model
+    mesh: Mesh
+    peak: float | None
+    """Of one device."""
+    store: CheckpointStore
+    say: Say
+    meter: Meter = field(factory=Meter)
+    saved: Saved | None = None
+    """The last save that was told of."""
+
+    def read(self, step: int, tokens: float, batch: Batch, waited: float) -> dict[str, float]:
+        cfg = self.model.cfg
+        # the other data ranks' samples are taken to be as long as this one's
+        visible = decoder.visible_pairs(batch, cfg) * self.mesh.data_ranks
+        flops = decoder.flops(cfg, tokens, visible)
+        peak = None if self.peak is None else self.peak * self.mesh.world.size
+        now = time.perf_counter()
+        self.meter = tick(self.meter, now, tokens=tokens, flops=flops, waited=waited)
+        return rates(self.meter, steps_left=self.data.total_steps - step, peak=peak)
+
+    def saves(self) -> dict[str, float]:
+        """What the save that was committed since the last call took, if there is one."""
+        saved, before, self.saved = self.store.last_saved, self.saved, self.store.last_saved
+        if saved is None or saved == before:
+            return {}
+        self.say(
+            f"step {saved.step}: saved {saved.size / 1e9:.3g} GB in {saved.seconds:.2f} s, "
+            f"training waited {saved.stall:.2f} s"
+        )
+        times = {"save_seconds": saved.seconds, "save_stall_seconds": saved.stall}
+        return {"saved_step": float(saved.step), "saved_bytes": float(saved.size), **times}
+
+
+def report(
+    done: Dispatched | None, position: Position, logger: Logger, meter: Meters, most_skipped: int
+) -> Position:
+    """Reads a step's metrics (which waits for it), logs them, counts; stops a run gone wrong."""
+    if done is None:
+        return position
+    values = {name: float(value) for name, value in done.metrics.items()}
+    skipped = position.meters["skipped"] + 1 if values["skipped"] else 0.0
+    meters = {"tokens": position.meters["tokens"] + values["weight"], "skipped": skipped}
+    speed = meter.read(done.step, values["weight"], done.batch, done.waited)
+    fed = fed_by(done.data, meter.data.loader.reader.names)
+    logger.log(done.step, {**values, **speed, **fed, **meter.saves(), "tokens": meters["tokens"]})
+    if not meters["tokens"] and done.step >= min(most_skipped, meter.data.total_steps):
+        raise RunError(
+            f"{done.step} steps had no token to learn: the samples of data.train_path are empty"
+        )
+    if skipped:
+        logger.say(f"step {done.step}: the gradient is not finite; the update is skipped")
+    if skipped >= most_skipped:
+        raise RunError(
+            f"{skipped:.0f} steps in a row had a non-finite gradient (train.max_skipped_steps): "
+            "the run stops. Try a smaller train.lr, or go back to an earlier checkpoint"
+        )
+    return attrs.evolve(position, meters=meters)
+
+
+def fed_by(data: DataState, names: Sequence[str]) -> dict[str, float]:
+    """What the data has given so far of each mixed source; and what was not taken whole."""
+    counts = {"skipped_records": data.skipped, "cut_samples": data.cut}
+    fed = {name: float(count) for name, count in counts.items() if count}
+    if len(names) > 1:
+        for name, (samples, tokens) in zip(names, data.given, strict=True):
+            fed |= {f"samples/{name}": float(samples), f"tokens/{name}": float(tokens)}
+    return fed
