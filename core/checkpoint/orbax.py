@@ -143,6 +143,7 @@ class OrbaxStore:
         source = self._arrays_of(step).parent
         taken = (self.directory / f"{step}.damaged{n or ''}" for n in itertools.count())
         place = self._ranks.broadcast(next(path for path in taken if not path.exists()))
+        self._forget_catalogue()  # it has read the steps already
         self._ranks.together(lambda: source.rename(place) if self._ranks.rank == 0 else None)
         return str(place)
 

@@ -273,7 +273,7 @@ def signalled(ready: Path, nproc: int, *numbers: int) -> threading.Thread:
     return thread
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_asked_to_stop_all_ranks_stop_at_the_same_step(number, capfd, ready):
     thread = signalled(ready, 2, number)
     assert spawn([*RANK, "stop"], 2) == RESUME_ME

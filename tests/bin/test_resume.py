@@ -1,5 +1,6 @@
 """Runs that are killed, stopped and started again give the bits of a run that was not."""
 
+import json
 import random
 import shutil
 import signal
@@ -11,6 +12,7 @@ from omnistep.bin import train
 from omnistep.bin.stop import ASKED
 from omnistep.core.logs import read_metrics
 from tests.bin.runs import (
+    CONFIG,
     PADDED,
     call,
     content,
@@ -85,14 +87,16 @@ def test_a_kill_during_a_save(files, tmp_path, zygote, uninterrupted):
     assert not list((output / "checkpoints").glob("*tmp*"))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_sigterm_saves_and_says_how_to_go_on(workers, files, tmp_path, zygote, uninterrupted):
+@pytest.mark.parametrize(
+    ("workers", "wish"), [(0, signal.SIGTERM), (1, signal.SIGTERM), (0, signal.SIGUSR1)]
+)
+def test_sigterm_saves_and_says_how_to_go_on(workers, wish, files, tmp_path, zygote, uninterrupted):
     output = tmp_path / "run"
     changes = LONG["packed"] | {"train_save_steps": 0, "data_num_workers": workers}
     argv = words(settings(files, output, **changes))
     run = zygote.start("train", argv)
     wait_until(lambda: lines(output / "metrics.jsonl") >= 5)
-    run.kill(signal.SIGTERM)
+    run.kill(wish)
     result = run.wait()
     assert result.code == train.RESUME_ME == 75
     assert result.err == ASKED.decode()
@@ -238,6 +242,85 @@ def _alive(pid):
             return file.read().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def damage(output, step):
+    """One bit of the largest file of a checkpoint is turned."""
+    files = [p for p in (output / f"checkpoints/{step}").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 4
+    largest.write_bytes(data)
+
+
+def test_auto_falls_back_to_the_newest_sound_checkpoint(source, files, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(source, output)
+    damage(output, 6)
+    shutil.rmtree(output / "checkpoints/4/state/d")
+    chosen = settings(
+        files,
+        output,
+        train_save_steps=2,
+        data_eval_path=files.held_out,
+        train_eval_steps=2,
+        train_load_checkpoint_path="auto",
+    )
+    result = succeeded(call(train.main, words(chosen)))
+    told = [line for line in result.out.splitlines() if "damaged" in line or "resume" in line]
+    for line, step in zip(told, (6, 4), strict=False):
+        assert f"step {step}, now {output}/checkpoints/{step}.damaged: 'state." in line
+    assert told[2:] == ["  resume  step 2, from auto"]
+    assert losses(output) == losses(source)
+    assert saved_steps(output) == [2, 4, 6]
+
+
+def test_where_no_checkpoint_is_sound_nothing_is_touched(source, files, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(source, output)
+    for step in (2, 4, 6):
+        damage(output, step)
+    before = content(output)
+    chosen = settings(files, output, train_load_checkpoint_path="auto")
+    for _ in range(2):
+        result = call(train.main, words(chosen))
+        assert result.code == 1
+        assert "none of the run's checkpoints can be read" in result.err
+        assert all(f"step {step}: 'state." in result.err for step in (2, 4, 6))
+        assert content(output) == before
+
+
+def test_a_damaged_checkpoint_that_was_named_is_an_error(source, files, tmp_path):
+    shutil.copytree(source, tmp_path / "other")
+    damage(tmp_path / "other", 4)
+    place = tmp_path / "other/checkpoints/4"
+    chosen = settings(files, tmp_path / "run", train_load_checkpoint_path=place)
+    result = call(train.main, words(chosen))
+    assert result.code == 1
+    assert "is damaged" in result.err
+    assert "also holds step 2, 6" in result.err
+
+
+def test_saves_are_reported(source, files, tmp_path):
+    rows = read_metrics(source / "metrics.jsonl")
+    told = [row for row in rows if "saved_step" in row]
+    assert [row["saved_step"] for row in told] == [2, 4]  # the last one ends after the last row
+    for row in told:
+        assert 0 < row["save_stall_seconds"] < row["save_seconds"]
+        assert row["saved_bytes"] > 4096 * 32 * 3 * 4
+    chosen = settings(files, tmp_path / "run", data_train_size=64)
+    result = succeeded(call(train.main, words(chosen)))
+    assert "step 1: saved 0.00" in result.out
+    assert "training waited" in result.out
+
+
+def test_another_model_config_of_the_same_shape_is_told(source, files, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIG | {"rms_norm_eps": 1e-5}))
+    changes = {"model_config_path": config, "train_load_checkpoint_path": source}
+    chosen = settings(files, tmp_path / "run", data_train_size=2 * 64, **changes)
+    result = succeeded(call(train.main, words(chosen)))
+    assert " changed  rms_norm_eps of the model: 1e-05, was 1e-06" in result.out
 
 
 def test_saving_too_often_never_saves_a_step_twice(files, tmp_path):

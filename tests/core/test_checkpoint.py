@@ -20,7 +20,7 @@ from torch import Tensor
 
 import omnistep.core.checkpoint.orbax as orbax
 from omnistep.core.checkpoint import CheckpointError, OrbaxStore, open_store
-from omnistep.core.checkpoint.shards import chunk_shape, shard_offsets
+from omnistep.core.checkpoint.shards import Streamed, chunk_shape, shard_offsets
 from omnistep.core.tree import Tree, leaves_with_names, pytree, tree_map
 
 HERE = Path(__file__).parent
@@ -138,6 +138,71 @@ def test_only_the_latest_steps_are_kept(tmp_path: Path) -> None:
         store.save(11, {"n": 11})
         assert store.steps() == [10, 11]
         assert store.restore({"n": 0}, 10) == {"n": 10}
+
+
+def test_multiples_are_kept_beside_the_latest(tmp_path: Path) -> None:
+    with contextlib.closing(open_store(tmp_path, keep=2, keep_every=10)) as store:
+        for step in (5, 10, 15, 20, 25, 30, 35):
+            store.save(step, {"n": step})
+        assert store.steps() == [10, 20, 30, 35]
+
+
+def test_a_step_set_aside_is_offered_no_more_and_can_be_saved_again(store: OrbaxStore) -> None:
+    for n in (1, 2):
+        store.save(7, {"n": n})
+        place = Path(store.set_aside(7))
+        assert (store.steps(), place.parent, place.is_dir()) == ([], store.directory, True)
+        store.save(8 + n, {"n": n})
+        assert store.steps() == [8 + n]
+        assert place.is_dir()  # nor does the next save clean it away
+        Path(store.set_aside(8 + n))
+    store.save(7, {"n": 3})
+    assert store.restore({"n": 0}) == {"n": 3}
+    names = {path.name for path in store.directory.iterdir()}
+    assert {"7", "7.damaged", "7.damaged1"} <= names
+
+
+def test_a_save_tells_what_it_took(store: OrbaxStore) -> None:
+    assert store.last_saved is None
+    store.save(3, {"w": torch.ones(1000), "b": torch.ones(2, 5).bfloat16(), "n": 1, "t": "x"})
+    store.wait()
+    saved = store.last_saved
+    assert saved is not None
+    assert (saved.step, saved.size) == (3, 4020)
+    assert 0 < saved.stall < saved.seconds < 60
+
+
+def test_a_leaf_is_written_block_by_block(store: OrbaxStore) -> None:
+    """Never whole: the next block is asked for when the one before is written."""
+    whole = torch.arange(3 * 700 * 1000, dtype=torch.float32).reshape(3, 700, 1000)
+    empty = Streamed((0, 2), torch.int32, lambda: ())
+
+    def blocks() -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        for layer in range(3):
+            for row in (0, 300):
+                block = whole[layer : layer + 1, row : row + 400 - 100 * (row == 0)].clone()
+                yield (layer, row, 0), block
+                block.fill_(-1)
+
+    leaf = Streamed((3, 700, 1000), torch.float32, blocks)
+    turned = Streamed((4, 2), torch.bfloat16, lambda: [((0, 0), torch.ones(2, 4).bfloat16().T)])
+    store.save(1, {"w": leaf, "empty": empty, "turned": turned, "n": 5})
+    restored = store.restore(store.stored(1))
+    expected = {"empty": torch.empty(0, 2).int(), "turned": torch.ones(4, 2).bfloat16(), "n": 5}
+    assert_same_bits(restored, {"w": whole, **expected})
+    assert store.last_saved is not None
+    assert store.last_saved.size == whole.nbytes + 16
+
+
+def test_a_leaf_whose_blocks_fail_is_not_saved(store: OrbaxStore) -> None:
+    def blocks() -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        yield (0,), torch.ones(2)
+        raise OSError("its source is gone")
+
+    store.save(1, {"w": Streamed((4,), torch.float32, blocks)})
+    with pytest.raises(CheckpointError, match="its source is gone"):
+        store.wait()
+    assert store.steps() == []
 
 
 def test_a_step_is_saved_once(store: OrbaxStore) -> None:
@@ -429,11 +494,18 @@ def test_every_shard_lies_on_the_chunk_grid(
 
 
 @pytest.mark.parametrize(
-    ("directory", "keep", "message"), [("gs://bucket/run", None, "local"), ("run", 0, "at least 1")]
+    ("directory", "options", "message"),
+    [
+        ("gs://bucket/run", {}, "local"),
+        ("run", {"keep": 0}, "keep is 0; .* at least 1"),
+        ("run", {"keep_every": 0}, "keep_every is 0; .* at least 1"),
+    ],
 )
-def test_impossible_arguments_are_refused(directory: str, keep: int | None, message: str) -> None:
+def test_impossible_arguments_are_refused(
+    directory: str, options: dict[str, int], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        open_store(directory, keep=keep)
+        open_store(directory, **options)
 
 
 @pytest.mark.parametrize("step", [-1, True, "3"])

@@ -111,6 +111,7 @@ ADDED = {
     "data.bad_records",
     "data.shuffle_buffer",
     *("data.eval_path", "train.compute_dtype", "train.eval_steps", "train.keep_checkpoints"),
+    "train.keep_checkpoint_every",
     *(
         "train.max_skipped_steps",
         "train.data_parallel_replicate_size",
