@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -521,3 +522,23 @@ def test_restored_memory_is_aligned_as_torch_aligns_it(tmp_path: Path) -> None:
         store.save(1, state)
         restored = store.restore({name: leaf.to("meta") for name, leaf in state.items()})
     assert all(leaf.data_ptr() % 64 == 0 for leaf in restored.values())
+
+
+def test_the_snippet_of_the_docs_opens_a_checkpoint_in_jax(store: OrbaxStore) -> None:
+    weights = {"w": torch.arange(12.0).reshape(4, 3), "e": torch.ones(6, 2).bfloat16()}
+    store.save(3, {"state": {"params": weights, "step": torch.tensor(3)}, "data": "{}", "n": 1})
+    store.wait()
+    docs = (HERE.parent.parent / "docs/checkpoints.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", docs, re.DOTALL)
+    check = """
+assert tree["data"] == "{}" and tree["state"]["step"] == 3
+for name, shape, sum in (("w", (4, 3), 66), ("e", (6, 2), 12)):
+    for values in (params[name], sharded[name]):
+        assert values.shape == shape and float(values.astype("float32").sum()) == sum
+    assert len(sharded[name].addressable_shards) == 2
+    assert sharded[name].addressable_shards[0].data.shape == (shape[0] // 2, shape[1])
+"""
+    two = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-c", snippet + check, str(store.directory / "3/state")]
+    done = subprocess.run(command, env=two, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
