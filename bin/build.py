@@ -10,6 +10,7 @@ import torch
 from attrs import frozen
 
 from omnistep.core import optim, param, rng
+from omnistep.core.checkpoint.place import Place, committed, open_place
 from omnistep.core.checkpoint.ranks import Ranks
 from omnistep.core.checkpoint.safetensors import open_weights
 from omnistep.core.config import Arguments, DataArguments, ModelArguments, TrainArguments
@@ -266,16 +267,21 @@ def _described(args: Arguments, path: str, argument: str = "data.train_path") ->
     )
 
 
-def checkpoint_place(path: str) -> tuple[Path, int | None]:
-    """(directory of checkpoints, step or None for the newest) that a path means: one checkpoint,
-    a directory of them, or the output_dir of a run. Raises RunError when it is none of these."""
-    place = Path(path).expanduser()
-    if not place.is_dir():
+def checkpoint_dir(args: TrainArguments) -> Place:
+    """Where a run's own checkpoints lie."""
+    return open_place(args.checkpoint_dir or Path(args.output_dir) / "checkpoints")
+
+
+def checkpoint_place(path: str) -> tuple[Place, int | None]:
+    """(directory of checkpoints, step or None for the newest) that a path or URL means: one
+    checkpoint, a directory of them, or the output_dir of a run. Raises RunError when it is none of
+    these."""
+    place = open_place(path)
+    if isinstance(place, Path) and not place.is_dir():
         raise RunError(f"train.load_checkpoint_path: there is no directory {place}")
     if place.name.isdecimal():
         return place.parent, int(place.name)
-    inner = place / "checkpoints"
-    return (inner if inner.is_dir() else place), None
+    return (place if committed(place) else place / "checkpoints"), None
 
 
 def mesh_text(mesh: Mesh, args: TrainArguments) -> str:

@@ -55,10 +55,11 @@ def start(
     run does not begin where another one's checkpoints lie: they would be mixed up.
     """
     path, own = args.train.load_checkpoint_path, store.latest()
+    argument = "train.checkpoint_dir" if args.train.checkpoint_dir else "train.output_dir"
     if path is None and own is not None:
         raise RunError(
-            f"{args.train.output_dir} holds a run's checkpoints, the last of step {own}: go on "
-            "with --train.load_checkpoint_path auto, or choose another train.output_dir"
+            f"{store.directory} holds a run's checkpoints, the last of step {own}: go on with "
+            f"--train.load_checkpoint_path auto, or choose another {argument}"
         )
     if path is None or (path == "auto" and own is None):
         key = rng.name_key(rng.key(args.train.seed), "step")
@@ -71,9 +72,9 @@ def start(
         return restore(source, step, abstract, layout.mesh.device)
 
     if path == "auto":
-        position = newest_sound(store, read, say)
+        position = newest_sound(store, read, argument, say)
     else:
-        position = named(path, store, own, read, args.train.output_dir)
+        position = named(path, store, own, read, argument)
     say(f"  resume  step {position.step}, from {path}")
     for change in model_changes(position.model, model.raw):
         say(f" changed  {change}")
@@ -83,7 +84,9 @@ def start(
 Read = Callable[[CheckpointStore, int], Position]
 
 
-def newest_sound(store: CheckpointStore, read: Read, say: Callable[[str], None]) -> Position:
+def newest_sound(
+    store: CheckpointStore, read: Read, argument: str, say: Callable[[str], None]
+) -> Position:
     """The newest step that can be read. Those after it are set aside, for they would be in the way
     of the steps to come; where none can be read nothing is touched. Raises RunError then."""
     damaged: dict[int, DamagedError] = {}
@@ -99,21 +102,21 @@ def newest_sound(store: CheckpointStore, read: Read, say: Callable[[str], None])
     reasons = "".join(f"\n  step {step}: {error}" for step, error in damaged.items())
     raise RunError(
         "none of the run's checkpoints can be read, and nothing was changed; to begin anew choose "
-        f"another train.output_dir:{reasons}"
+        f"another {argument}:{reasons}"
     )
 
 
 def named(
-    path: str, store: CheckpointStore, own: int | None, read: Read, output_dir: str
+    path: str, store: CheckpointStore, own: int | None, read: Read, argument: str
 ) -> Position:
-    """The position of the checkpoint at `path`."""
+    """The position of the checkpoint at `path`. `argument` says where the run's own lie."""
     directory, step = build.checkpoint_place(path)
     source = open_store(directory)
     step = source.latest() if step is None else step
     if own is not None and (source.directory, step) != (store.directory, own):
         raise RunError(
-            f"{output_dir} holds a run's checkpoints, the last of step {own}; what follows {path} "
-            "would be mixed up with them: choose another train.output_dir"
+            f"{store.directory} holds a run's checkpoints, the last of step {own}; what follows "
+            f"{path} would be mixed up with them: choose another {argument}"
         )
     if step is None:
         raise RunError(f"train.load_checkpoint_path: {path} holds no complete checkpoint")

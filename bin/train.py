@@ -5,7 +5,6 @@ import itertools
 import math
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -27,6 +26,7 @@ from omnistep.bin.spawn import spawn
 from omnistep.bin.stop import RESUME_ME, Stop
 from omnistep.core import rng
 from omnistep.core.batch import Batch
+from omnistep.core.checkpoint.place import Place, try_to_write
 from omnistep.core.checkpoint.protocol import CheckpointError, CheckpointStore
 from omnistep.core.checkpoint.ranks import all_ranks
 from omnistep.core.checkpoint.store import open_store
@@ -115,9 +115,12 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
 
     with ExitStack() as stack:
         stack.callback(data.loader.close)
-        make_output_dir(output)
+        make_place("train.output_dir", output)
+        checkpoints = build.checkpoint_dir(train)
+        if train.checkpoint_dir:
+            make_place("train.checkpoint_dir", checkpoints)  # on all ranks: each one writes there
         store = open_store(
-            output / "checkpoints",
+            checkpoints,
             keep=train.keep_checkpoints or None,
             keep_every=train.keep_checkpoint_every or None,
         )
@@ -223,15 +226,13 @@ def evaluations(metrics: Path) -> dict[int, float]:
     return {r["step"]: math.nan if r["eval_loss"] is None else r["eval_loss"] for r in rows}
 
 
-def make_output_dir(output: Path) -> None:
+def make_place(argument: str, directory: Place) -> None:
     """Raises RunError where nothing can be written: now, not when the first checkpoint is due."""
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
+        try_to_write(directory)
     except OSError as error:
         raise RunError(
-            f"train.output_dir: nothing can be written to {output} ({error.strerror}); "
+            f"{argument}: nothing can be written to {directory} ({error.strerror or error}); "
             "choose another directory"
         ) from None
 

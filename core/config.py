@@ -121,7 +121,9 @@ class DataArguments:
 class TrainArguments:
     """The run: optimisation, batch, precision, memory, parallelism, saving, logging."""
 
-    output_dir: str = required("directory for checkpoints, weights, logs and the resolved recipe")
+    output_dir: str = required(
+        "local directory for checkpoints, weights, logs and the resolved recipe"
+    )
     lr: float = arg(5e-5, "largest learning rate", NOT_NEGATIVE)
     lr_min: float = arg(1e-7, "learning rate after the decay", NOT_NEGATIVE)
     weight_decay: float = arg(
@@ -217,7 +219,12 @@ class TrainArguments:
     context_parallel_size: int = arg(1, "ranks that share the sequence by ring attention", POSITIVE)
     expert_parallel_size: int = arg(1, "ranks that share the experts", POSITIVE)
     load_checkpoint_path: str | None = arg(
-        None, "checkpoint to resume from; auto: the newest complete one in output_dir", path=True
+        None, "checkpoint to resume from; auto: the newest complete one of this run", path=True
+    )
+    checkpoint_dir: str | None = arg(
+        None,
+        "directory of this run's checkpoints, here or in a bucket (gs://..., s3://...)",
+        otherwise="checkpoints in train.output_dir",
     )
     save_steps: int = arg(0, "steps between two checkpoints; 0: not by steps", NOT_NEGATIVE)
     save_epochs: int = arg(1, "epochs between two checkpoints; 0: not by epochs", NOT_NEGATIVE)

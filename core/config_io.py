@@ -261,6 +261,9 @@ def to_yaml(args: Arguments) -> str:
     return yaml.dump(sections, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
+LIES_ELSEWHERE = ("train.load_checkpoint_path", "train.output_dir", "train.checkpoint_dir")
+
+
 def changes(args: Arguments, path: Path) -> list[str]:
     """What differs from the recipe at `path`, if there is one, as `name: old -> new`; of what a
     run is made of, not of where it lies or goes on."""
@@ -271,7 +274,7 @@ def changes(args: Arguments, path: Path) -> list[str]:
         f"{name}: {shown(value_of(before, name))} -> {shown(value_of(args, name))}"
         for name in ARGUMENTS
         if name.startswith(("model.", "data.", "train."))
-        and name not in ("train.load_checkpoint_path", "train.output_dir")
+        and name not in LIES_ELSEWHERE
         and value_of(before, name) != value_of(args, name)
     ]
 

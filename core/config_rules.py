@@ -189,6 +189,13 @@ def _each_alone(args: Arguments) -> Iterator[Problem]:
     if args.train.keep_checkpoint_every and not args.train.keep_checkpoints:
         text = "says what is kept beside the newest; train.keep_checkpoints 0 keeps all"
         yield Problem(("train.keep_checkpoint_every", "train.keep_checkpoints"), text)
+    if "://" in args.train.output_dir:
+        text = "must be a local directory; train.checkpoint_dir may be in a bucket"
+        yield Problem(("train.output_dir",), text)
+    for name in ("train.checkpoint_dir", "train.load_checkpoint_path"):
+        place = value_of(args, name) or ""
+        if "://" in place and not re.fullmatch(r"(gs|s3)://[^/]+(/.*)?", place):
+            yield Problem((name,), "must be a local path, gs://bucket/path or s3://bucket/path")
     if args.train.empty_cache_steps == 0:
         yield Problem(("train.empty_cache_steps",), "must be at least 1, or -1 for never")
 

@@ -10,7 +10,6 @@ neither. Forking a process after that is unsafe: start data-loader workers befor
 """
 
 import contextlib
-import itertools
 import math
 import threading
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omnistep.core.checkpoint.place import Bucket, Place, committed, make, open_place, set_aside
 from omnistep.core.checkpoint.protocol import CheckpointError, Saved
 from omnistep.core.checkpoint.ranks import Ranks, all_ranks
 from omnistep.core.checkpoint.shards import (
@@ -45,13 +45,11 @@ class OrbaxStore:
     def __init__(
         self, directory: str | Path, *, keep: int | None = None, keep_every: int | None = None
     ):
-        if "://" in str(directory):
-            raise ValueError(f"{directory}: a checkpoint directory is a local (or mounted) path")
         if keep is not None and keep < 1:
             raise ValueError(f"keep is {keep}; it is the number of steps kept, at least 1, or None")
         if keep_every is not None and keep_every < 1:
             raise ValueError(f"keep_every is {keep_every}; it is a number of steps, at least 1")
-        self.directory = Path(directory).resolve()  # tensorstore takes no `..`
+        self.directory = open_place(directory)
         self.last_saved: Saved | None = None
         """The last save that was committed; to read it waits for nothing."""
         self._keep, self._keep_every = keep, keep_every
@@ -103,7 +101,7 @@ class OrbaxStore:
     def steps(self) -> list[int]:
         """The committed steps, ascending. A save in flight is waited for."""
         self.wait()
-        return self._ranks.broadcast(self._committed() if self._ranks.rank == 0 else None)
+        return self._ranks.ask_first(lambda: committed(self.directory))
 
     def latest(self) -> int | None:
         """The last committed step, or None. A save in flight is waited for."""
@@ -136,16 +134,15 @@ class OrbaxStore:
         return map_with_name(lambda name, _: values[name], abstract)
 
     def set_aside(self, step: int) -> str:
-        """Renames a committed step to `<step>.damaged`, which nothing reads; its new place.
+        """Makes a committed step one that is not offered any more; where it lies then.
 
         For one that cannot be restored: it keeps its bytes, and gives the step's name free.
+        Locally it is renamed to `<step>.damaged`; in a bucket it is marked and stays until its
+        step is saved again.
         """
-        source = self._arrays_of(step).parent
-        taken = (self.directory / f"{step}.damaged{n or ''}" for n in itertools.count())
-        place = self._ranks.broadcast(next(path for path in taken if not path.exists()))
+        self._arrays_of(step)
         self._forget_catalogue()  # it has read the steps already
-        self._ranks.together(lambda: source.rename(place) if self._ranks.rank == 0 else None)
-        return str(place)
+        return self._ranks.ask_first(lambda: set_aside(self.directory, step))
 
     def close(self) -> None:
         """Waits for the save in flight, then gives back what the store holds."""
@@ -174,10 +171,8 @@ class OrbaxStore:
         """Rank 0: orbax saves, calling `_write` for the arrays; then all hear how it went."""
         try:
             if self._catalogue is None:
-                from omnistep.core.checkpoint.catalogue import Catalogue
-
-                self._catalogue = Catalogue(
-                    str(self.directory), self._keep, self._keep_every, self._write
+                self._catalogue = _open_catalogue(
+                    self.directory, self._keep, self._keep_every, self._write
                 )
             self._catalogue.save(step, _nested(leaves), checksums(leaves))
         except Exception as error:
@@ -212,24 +207,28 @@ class OrbaxStore:
     def _admit(self, step: int) -> None:
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise ValueError(f"step is {step!r}; it is a whole number, at least 0")
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if step in self._committed():
+        make(self.directory)
+        if step in committed(self.directory):
             raise FileExistsError(f"step {step} is already saved in {self.directory}")
 
-    def _committed(self) -> list[int]:
-        """A step that is not committed has another name: orbax renames it at the end."""
-        if not self.directory.is_dir():
-            return []
-        names = (path.name for path in self.directory.iterdir() if path.is_dir())
-        return sorted(int(name) for name in names if name.isdecimal())
-
-    def _arrays_of(self, step: int | None) -> Path:
+    def _arrays_of(self, step: int | None) -> Place:
         steps = self.steps()
         if not steps:
             raise CheckpointError(f"{self.directory} holds no committed checkpoint")
         if step is not None and step not in steps:
             raise CheckpointError(f"{self.directory} holds no step {step}; it holds {steps}")
         return self.directory / str(steps[-1] if step is None else step) / "state"
+
+
+def _open_catalogue(directory: Place, *rest: Any) -> Any:
+    """Of its kind. Imports jax and orbax."""
+    if isinstance(directory, Bucket):
+        from omnistep.core.checkpoint.bucket import BucketCatalogue
+
+        return BucketCatalogue(directory, *rest)
+    from omnistep.core.checkpoint.catalogue import Catalogue
+
+    return Catalogue(str(directory), *rest)
 
 
 def _wait_if_alive(reference: "weakref.ref[OrbaxStore]") -> None:

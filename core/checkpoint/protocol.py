@@ -1,11 +1,11 @@
 """What a trainer asks of a checkpoint store, and how it is told that something is wrong."""
 
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from attrs import frozen
 
+from omnistep.core.checkpoint.place import Place
 from omnistep.core.tree import Tree
 
 
@@ -38,8 +38,8 @@ class CheckpointStore(Protocol):
     """
 
     @property
-    def directory(self) -> Path:
-        """Where the steps lie, absolute."""
+    def directory(self) -> Place:
+        """Where the steps lie: an absolute path, or a directory in a bucket."""
         ...
 
     @property
@@ -74,7 +74,7 @@ class CheckpointStore(Protocol):
         ...
 
     def set_aside(self, step: int) -> str:
-        """Renames a damaged step, so that it is no longer one of `steps`; the new place."""
+        """Makes a damaged step one that is not offered any more; where it lies then."""
         ...
 
     def close(self) -> None:

@@ -51,6 +51,12 @@ class Ranks:
         others = f" (and {len(reasons) - 1} more ranks failed)" if len(reasons) > 1 else ""
         raise (DamagedError if is_damage else CheckpointError)(where + text + others) from failure
 
+    def ask_first(self, action: Callable[[], Any]) -> Any:
+        """What `action` gives on rank 0, on every rank; CheckpointError on all if it fails."""
+        answer: list[Any] = []
+        self.together(lambda: answer.append(action()) if self.rank == 0 else None)
+        return self.broadcast(answer[0] if answer else None)
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank."""
         if self.name is None:

@@ -18,8 +18,18 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from omnistep.core.checkpoint.place import (
+    BUCKETS,
+    OutOfReachError,
+    is_out_of_reach,
+    is_url,
+    kvstore,
+    reason,
+)
 from omnistep.core.checkpoint.protocol import CheckpointError, DamagedError
 
+OBJECT_BYTES = 200 << 20
+"""Of the objects in a bucket, about: a local file holds all that a rank writes of a step."""
 CHUNK_BYTES = 4 << 20
 """Small chunks make another mesh's sub-ranges cheap to read: 2.5 times faster than 32 MiB ones."""
 
@@ -243,11 +253,10 @@ def _stored_dtype(name: str, dtype: torch.dtype) -> np.dtype:
 
 
 def _database(directory: str, name: str, **options: Any) -> dict[str, Any]:
-    base = {"driver": "file", "path": f"{directory}/"}
-    kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/", **options}
+    database = {"driver": "ocdbt", "base": kvstore(directory), "path": f"{name}/", **options}
     return {
         "driver": "zarr3",
-        "kvstore": kvstore,
+        "kvstore": database,
         "recheck_cached_data": False,
         "recheck_cached_metadata": False,
     }
@@ -259,7 +268,9 @@ def _write_spec(directory: str, shard: Shard) -> dict[str, Any]:
         "max_decoded_node_bytes": 100_000_000,
         "manifest_kind": "single",
     }
-    return _database(directory, shard.name, assume_config=True, config=config) | {
+    # an object is sent in one piece, from memory, and again as a whole where that fails
+    limit = {"target_data_file_size": OBJECT_BYTES} if is_url(directory) else {}
+    return _database(directory, shard.name, assume_config=True, config=config, **limit) | {
         "dtype": shard.dtype.name,
         "store_data_equal_to_fill_value": True,
         "metadata": {
@@ -278,6 +289,7 @@ def _context() -> ts.Context:
         {
             "file_io_concurrency": {"limit": 32},
             "cache_pool#ocdbt": {"total_bytes_limit": 100_000_000},
+            **BUCKETS,
         }
     )
 
@@ -336,7 +348,7 @@ def open_arrays(directory: str, names: Iterable[str]) -> dict[str, ts.TensorStor
         try:
             opened[name] = pending.result()
         except (ValueError, OSError, KeyError, RuntimeError) as error:
-            raise damaged(name, directory, error) from error
+            raise unreadable(name, directory, error) from error
     return opened
 
 
@@ -351,14 +363,17 @@ def read_array(array: ts.TensorStore, name: str, directory: str, like: Tensor | 
         # precaution: BLAS libraries may round by alignment. It was not seen to matter (torch 2.13).
         return from_numpy(array[_slices(offset, shape)].read().result()).clone()
     except (ValueError, OSError, KeyError, RuntimeError) as error:
-        raise damaged(name, directory, error) from error
+        raise unreadable(name, directory, error) from error
 
 
-def damaged(name: str, directory: str, error: Exception) -> DamagedError:
-    """What to raise when the leaf `name` cannot be read; tensorstore's reason, shortened."""
-    reason = str(error).split(" [", 1)[0]
+def unreadable(name: str, directory: str, error: Exception) -> CheckpointError:
+    """What to raise when the leaf `name` cannot be read: damage, unless nobody could look."""
+    if isinstance(error, OutOfReachError):
+        return CheckpointError(str(error))
+    if is_out_of_reach(error):
+        return CheckpointError(f"{directory} is out of reach: {reason(error)}")
     return DamagedError(
-        f"'{name}' in the checkpoint {directory} is damaged and cannot be restored: {reason}"
+        f"'{name}' in the checkpoint {directory} is damaged and cannot be restored: {reason(error)}"
     )
 
 

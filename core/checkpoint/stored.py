@@ -8,7 +8,6 @@ import json
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import tensorstore as ts
@@ -16,13 +15,14 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from omnistep.core.checkpoint.place import Place, read_file
 from omnistep.core.checkpoint.protocol import CheckpointError
 from omnistep.core.checkpoint.shards import (
     as_dtensor,
-    damaged,
     open_arrays,
     read_array,
     torch_dtype,
+    unreadable,
 )
 
 LEAVES_IN_FLIGHT = 4
@@ -107,9 +107,10 @@ class Stored:
             )
 
 
-def open_stored(directory: Path) -> Stored:
+def open_stored(place: Place) -> Stored:
     """Opens the arrays' directory of a committed step. Raises CheckpointError where damaged."""
-    metadata = _read_json(directory / "_METADATA")
+    directory = str(place)
+    metadata = _read_json(directory, "_METADATA")
     try:
         kinds = {
             ".".join(str(part["key"]) for part in entry["key_metadata"]): str(
@@ -122,29 +123,29 @@ def open_stored(directory: Path) -> Stored:
             raise ValueError("the names of its leaves are altered")
         text_sums = dict(sums.get("crc32", {}))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise damaged("_METADATA", str(directory), error) from error
+        raise unreadable("_METADATA", directory, error) from error
     texts = [name for name, kind in kinds.items() if kind == "string"]
     return Stored(
-        str(directory),
-        open_arrays(str(directory), [name for name in kinds if kinds[name] != "string"]),
+        directory,
+        open_arrays(directory, [name for name in kinds if kinds[name] != "string"]),
         _read_texts(directory, texts, text_sums) if texts else {},
         frozenset(name for name, kind in kinds.items() if kind == "scalar"),
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(directory: str, name: str) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_bytes()))
+        return dict(json.loads(read_file(directory, name)))
     except (OSError, ValueError, TypeError) as error:
-        raise damaged(path.name, str(path.parent), error) from error
+        raise unreadable(name, directory, error) from error
 
 
-def _read_texts(directory: Path, names: list[str], sums: Mapping[str, int]) -> dict[str, str]:
-    held = _read_json(directory / "_strings.json")
+def _read_texts(directory: str, names: list[str], sums: Mapping[str, int]) -> dict[str, str]:
+    held = _read_json(directory, "_strings.json")
     for name in names:
         text, checksum = held.get(name), sums.get(name)  # no sum: plain orbax wrote it
         if not isinstance(text, str) or checksum not in (None, zlib.crc32(text.encode())):
-            raise damaged(name, str(directory), ValueError("its text is missing or altered"))
+            raise unreadable(name, directory, ValueError("its text is missing or altered"))
     return {name: held[name] for name in names}
 
 

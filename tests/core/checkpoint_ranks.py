@@ -1,4 +1,4 @@
-"""One rank of a store on two. Usage: checkpoint_ranks.py DIRECTORY RANK SIZE
+"""One rank of a store on two. Usage: checkpoint_ranks.py DIRECTORY RANK SIZE STORE
 
 Saves DTensors in many placements, restores them in others, and fails on one rank on purpose.
 """
@@ -35,12 +35,12 @@ def placed(state: dict[str, torch.Tensor], mesh: DeviceMesh, shift: int = 0) -> 
     return {n: distribute_tensor(t, mesh, [PLACEMENTS[chosen[n]]]) for n, t in state.items()}
 
 
-def main(directory: Path, rank: int, size: int) -> None:
+def main(directory: Path, rank: int, size: int, place: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=size
     )
     mesh = init_device_mesh("cpu", (size,))
-    store = open_store(directory / "store")
+    store = open_store(place)
     assert store.latest() is None
     saved = {"params": placed(whole_state(1), mesh), "plain": torch.arange(7), "data": "{}", "n": 3}
     store.save(1, saved)
@@ -84,4 +84,4 @@ def main(directory: Path, rank: int, size: int) -> None:
 
 if __name__ == "__main__":
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

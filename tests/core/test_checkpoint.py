@@ -446,7 +446,7 @@ def test_a_kill_in_the_middle_of_a_save_costs_that_save_only(tmp_path: Path) -> 
 
 
 def test_two_ranks_save_and_restore_in_any_placement(tmp_path: Path) -> None:
-    processes = [run("checkpoint_ranks.py", tmp_path, rank, 2) for rank in range(2)]
+    processes = [run("checkpoint_ranks.py", tmp_path, rank, 2, tmp_path / "store") for rank in range(2)]
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     assert outputs == ["", ""]  # orbax's own log of the failed save is kept quiet

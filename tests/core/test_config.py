@@ -110,6 +110,7 @@ infer.max_tokens | int | 1024
 ADDED = {
     "data.bad_records",
     "data.shuffle_buffer",
+    "train.checkpoint_dir",
     *("data.eval_path", "train.compute_dtype", "train.eval_steps", "train.keep_checkpoints"),
     "train.keep_checkpoint_every",
     *(
