@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from urllib.request import Request, urlopen
 
@@ -88,7 +89,7 @@ def _handler(gcs: Gcs) -> type[BaseHTTPRequestHandler]:
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
             self.send(206, content[first : last + 1], headers)
 
-        def listing(self, query: dict[str, str]) -> dict[str, object]:
+        def listing(self, query: dict[str, str]) -> dict[str, Any]:
             first, end = query.get("startOffset", ""), query.get("endOffset")
             names = [n for n in sorted(gcs.objects) if n >= first and (not end or n < end)]
             names = [name for name in names if name > query.get("pageToken", "")]

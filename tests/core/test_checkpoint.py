@@ -58,6 +58,11 @@ class State:
     saves: int
 
 
+def folder(store: OrbaxStore) -> Path:
+    assert isinstance(store.directory, Path)
+    return store.directory
+
+
 def random_bits(dtype: torch.dtype, *shape: int) -> Tensor:
     if dtype == torch.bool:
         return torch.rand(shape) < 0.5
@@ -152,14 +157,14 @@ def test_a_step_set_aside_is_offered_no_more_and_can_be_saved_again(store: Orbax
     for n in (1, 2):
         store.save(7, {"n": n})
         place = Path(store.set_aside(7))
-        assert (store.steps(), place.parent, place.is_dir()) == ([], store.directory, True)
+        assert (store.steps(), place.parent, place.is_dir()) == ([], folder(store), True)
         store.save(8 + n, {"n": n})
         assert store.steps() == [8 + n]
         assert place.is_dir()  # nor does the next save clean it away
         Path(store.set_aside(8 + n))
     store.save(7, {"n": 3})
     assert store.restore({"n": 0}) == {"n": 3}
-    names = {path.name for path in store.directory.iterdir()}
+    names = {path.name for path in folder(store).iterdir()}
     assert {"7", "7.damaged", "7.damaged1"} <= names
 
 
@@ -239,17 +244,17 @@ def test_a_failed_save_leaves_nothing_and_can_be_repeated(
         save_fails(store, 3)
         store.save(4, {"w": torch.ones(3)})
         assert store.steps() == [2, 4]  # the failed step does not count among the kept
-        assert sorted(path.name for path in store.directory.iterdir()) == ["2", "4"]
+        assert sorted(path.name for path in folder(store).iterdir()) == ["2", "4"]
 
 
 def test_what_a_killed_save_left_is_ignored_then_deleted(store: OrbaxStore) -> None:
-    (store.directory / "7.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    (folder(store) / "7.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     assert store.latest() is None
     with pytest.raises(CheckpointError, match="holds no committed checkpoint"):
         store.restore({"n": 0})
     store.save(1, {"n": 1})
     assert store.latest() == 1
-    assert [path.name for path in store.directory.iterdir()] == ["1"]
+    assert [path.name for path in folder(store).iterdir()] == ["1"]
 
 
 def test_a_full_disk_is_an_error_of_wait(store: OrbaxStore) -> None:
@@ -281,12 +286,12 @@ def test_a_directory_lost_during_the_run_is_an_error(store: OrbaxStore, tmp_path
     store.save(1, {"n": 1})
     store.wait()
     moved = tmp_path / "moved"
-    store.directory.rename(moved)
-    store.directory.touch()
+    folder(store).rename(moved)
+    folder(store).touch()
     with pytest.raises(CheckpointError, match="checkpoints"):
         store.save(2, {"n": 2})
-    store.directory.unlink()
-    moved.rename(store.directory)
+    folder(store).unlink()
+    moved.rename(folder(store))
     store.save(2, {"n": 2})
     assert store.steps() == [1, 2]
 
@@ -354,7 +359,7 @@ def test_a_truncated_or_altered_array_is_named(store: OrbaxStore) -> None:
     state = {"params": {"w": torch.randn(1 << 18)}, "n": 1}
     store.save(1, state)
     store.wait()
-    data = max(store.directory.rglob("d/*"), key=lambda path: path.stat().st_size)
+    data = max(folder(store).rglob("d/*"), key=lambda path: path.stat().st_size)
     whole = data.read_bytes()
     middle = len(whole) // 2
     flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
@@ -370,7 +375,7 @@ def test_a_truncated_or_altered_array_is_named(store: OrbaxStore) -> None:
 def test_an_altered_text_is_named(store: OrbaxStore) -> None:
     store.save(1, {"position": json.dumps({"sample": 1234}), "w": torch.ones(2)})
     store.wait()
-    (texts,) = store.directory.rglob("_strings.json")
+    (texts,) = folder(store).rglob("_strings.json")
     texts.write_text(texts.read_text().replace("1234", "1235"))
     with pytest.raises(CheckpointError, match=r"'position' in .* is damaged"):
         store.restore({"position": ""})
@@ -381,7 +386,7 @@ def test_no_altered_byte_anywhere_is_restored_unnoticed(store: OrbaxStore) -> No
     store.save(1, state)
     store.wait()
     draw, noticed = random.Random(0), 0
-    files = [path for path in (store.directory / "1" / "state").rglob("*") if path.is_file()]
+    files = [path for path in (folder(store) / "1" / "state").rglob("*") if path.is_file()]
     for path, _ in itertools.product(files, range(8)):
         whole = path.read_bytes()
         at = draw.randrange(len(whole))
@@ -403,7 +408,7 @@ def test_plain_orbax_restores_it(store: OrbaxStore) -> None:
 
     store.save(5, {"a": {"w": torch.ones(2, 3).bfloat16(), "n": 4}, "list": ["x", torch.arange(3)]})
     store.wait()
-    with ocp.CheckpointManager(store.directory, item_names=("state",)) as manager:
+    with ocp.CheckpointManager(folder(store), item_names=("state",)) as manager:
         assert manager.latest_step() == 5
         tree = manager.restore(5, args=ocp.args.Composite(state=ocp.args.PyTreeRestore()))["state"]
     assert tree["a"]["n"] == 4
@@ -432,21 +437,23 @@ def test_a_kill_in_the_middle_of_a_save_costs_that_save_only(tmp_path: Path) -> 
     for index in range(len(fractions)):
         with contextlib.closing(open_store(tmp_path / str(index))) as store:
             latest = store.latest()
-            left = {path.name for path in store.directory.iterdir()} - {"1", "2", "3"}
+            left = {path.name for path in folder(store).iterdir()} - {"1", "2", "3"}
             unfinished += bool(left)
             assert latest in (2, 3)
             for step in range(1, latest + 1):
                 assert_same_bits(store.restore(abstract_of(state_of(step)), step), state_of(step))
-            assert left <= {path.name for path in store.directory.iterdir()}  # reading is harmless
+            assert left <= {path.name for path in folder(store).iterdir()}  # reading is harmless
             store.save(latest + 1, state_of(latest + 1))
             assert store.latest() == latest + 1
-            names = sorted(int(path.name) for path in store.directory.iterdir())
+            names = sorted(int(path.name) for path in folder(store).iterdir())
             assert names == list(range(1, latest + 2))
     assert unfinished  # else no kill came in the middle
 
 
 def test_two_ranks_save_and_restore_in_any_placement(tmp_path: Path) -> None:
-    processes = [run("checkpoint_ranks.py", tmp_path, rank, 2, tmp_path / "store") for rank in range(2)]
+    processes = [
+        run("checkpoint_ranks.py", tmp_path, rank, 2, tmp_path / "store") for rank in range(2)
+    ]
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     assert outputs == ["", ""]  # orbax's own log of the failed save is kept quiet
@@ -469,7 +476,7 @@ store.save(2, {"n": 2})
 def test_reading_imports_no_jax_and_a_script_may_end_without_close(store: OrbaxStore) -> None:
     store.save(1, {"n": 1})
     store.wait()
-    subprocess.run([sys.executable, "-c", SCRIPT, store.directory], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", SCRIPT, folder(store)], check=True, timeout=60)
     assert store.restore({"n": 0}) == {"n": 2}
 
 
@@ -497,7 +504,7 @@ def test_every_shard_lies_on_the_chunk_grid(
 @pytest.mark.parametrize(
     ("directory", "options", "message"),
     [
-        ("gs://bucket/run", {}, "local"),
+        ("hf://user/run", {}, "local"),
         ("run", {"keep": 0}, "keep is 0; .* at least 1"),
         ("run", {"keep_every": 0}, "keep_every is 0; .* at least 1"),
     ],
