@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,10 @@ from omnistep.core.checkpoint.shards import Shard
 
 ITEM = "state"
 """The one item of every step; its directory holds the arrays."""
+
+RETIRED = "retired"
+"""Where a step is moved that need not be kept, before it is deleted: a kill in the middle of that
+leaves nothing that looks like a step."""
 
 
 class ShardHandler(type_handlers.NumpyHandler):
@@ -65,10 +70,13 @@ class Catalogue:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_every,
+            todelete_subdir=RETIRED,
             cleanup_tmp_directories=True,
             # orbax's own asynchrony hangs for minutes on a directory that cannot be made
             enable_async_checkpointing=False,
         )
+        self._retired = os.path.join(directory, RETIRED)
+        self._delete_retired()
         with _silent():
             handler = ocp.PyTreeCheckpointHandler(
                 use_zarr3=True, use_ocdbt=True, type_handler_registry=registry
@@ -84,10 +92,15 @@ class Catalogue:
             if not self._manager.save(step, args=ocp.args.Composite(**items), force=True):
                 raise RuntimeError(f"orbax declined to save step {step}")
             self._manager.wait_until_finished()
+        self._delete_retired()
 
     def close(self) -> None:
         with _silent():
             self._manager.close()
+
+    def _delete_retired(self) -> None:
+        # the save is committed: what cannot be deleted now is the next one's to delete
+        shutil.rmtree(self._retired, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -209,6 +210,37 @@ def test_a_leaf_whose_blocks_fail_is_not_saved(store: OrbaxStore) -> None:
     with pytest.raises(CheckpointError, match="its source is gone"):
         store.wait()
     assert store.steps() == []
+
+
+def test_a_step_that_is_half_deleted_is_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deleting is cut off at each of its files in turn, and caught up with by the next save."""
+    unlink, left = os.unlink, 0
+
+    def until_cut_off(path: Any, **options: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError("cut off")
+        unlink(path, **options)
+
+    with contextlib.closing(open_store(tmp_path, keep=1)) as store:
+        for step in range(1, 10):
+            left = step - 2
+            monkeypatch.setattr(os, "unlink", until_cut_off)
+            store.save(step, {"a": torch.arange(step)})
+            with contextlib.suppress(CheckpointError):
+                store.wait()
+            monkeypatch.undo()
+            for there in store.steps():
+                assert torch.equal(
+                    store.restore(store.stored(there), there)["a"], torch.arange(there)
+                )
+            assert store.latest() == step
+        store.save(10, {"a": torch.arange(10)})
+        assert store.steps() == [10]
+        assert [path.name for path in tmp_path.iterdir()] == ["10"]
 
 
 def test_a_step_is_saved_once(store: OrbaxStore) -> None:
