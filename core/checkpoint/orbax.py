@@ -21,7 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnistep.core.checkpoint.place import Bucket, Place, committed, make, open_place, set_aside
+from omnistep.core.checkpoint.place import (
+    Bucket,
+    Place,
+    committed,
+    is_committed,
+    make,
+    open_place,
+    set_aside,
+)
 from omnistep.core.checkpoint.protocol import CheckpointError, Saved
 from omnistep.core.checkpoint.ranks import Ranks, all_ranks
 from omnistep.core.checkpoint.shards import (
@@ -208,7 +216,7 @@ class OrbaxStore:
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise ValueError(f"step is {step!r}; it is a whole number, at least 0")
         make(self.directory)
-        if step in committed(self.directory):
+        if is_committed(self.directory, step):
             raise FileExistsError(f"step {step} is already saved in {self.directory}")
 
     def _arrays_of(self, step: int | None) -> Place:

@@ -181,6 +181,12 @@ def committed(directory: Place) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
+def is_committed(directory: Place, step: int) -> bool:
+    """The same of one step, without a listing of them all."""
+    place = directory / str(step)
+    return place.is_dir() if isinstance(place, Path) else place.read(COMMITTED) is not None
+
+
 def set_aside(directory: Place, step: int) -> str:
     """Makes a committed step one that nothing reads, and says where it is now.
 

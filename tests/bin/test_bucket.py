@@ -21,8 +21,7 @@ AUTO = "--train.load_checkpoint_path=auto"
 def test_a_run_is_killed_and_goes_on_from_the_bucket(scheme, files, tmp_path, monkeypatch):
     undisturbed, output = tmp_path / "undisturbed", tmp_path / "run"
     succeeded(call(train.main, words(settings(files, undisturbed, **LONG))))
-    serve = buckets.gcs if scheme == "gs" else buckets.s3
-    with serve(monkeypatch):
+    with buckets.served(monkeypatch):
         url = f"{scheme}://bucket/run"
         place = Bucket(url)
         chosen = settings(files, output, **LONG, train_checkpoint_dir=url)
@@ -59,8 +58,8 @@ def test_a_run_is_killed_and_goes_on_from_the_bucket(scheme, files, tmp_path, mo
 
 
 def test_a_bucket_that_cannot_be_written_to_is_told_at_once(files, tmp_path, monkeypatch):
-    with buckets.gcs(monkeypatch) as gcs:
-        gcs.changes_left = 0
+    with buckets.served(monkeypatch) as objects:
+        objects.changes_left = 0
         chosen = settings(files, tmp_path / "run", train_checkpoint_dir="gs://bucket/run")
         result = call(train.main, words(chosen))
     assert result.code == 1

@@ -18,23 +18,21 @@ from omnistep.core.checkpoint.place import Bucket, OutOfReachError, open_place, 
 from omnistep.core.checkpoint.shards import Streamed
 from omnistep.core.checkpoint.stored import open_stored
 from tests.core import buckets
-from tests.core.buckets import Gcs
+from tests.core.buckets import Objects
 
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(params=["gs", "s3"])
-def url(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An empty directory in a bucket of either kind."""
-    serve = buckets.gcs if request.param == "gs" else buckets.s3
-    with serve(monkeypatch):
-        yield f"{request.param}://bucket/run/checkpoints"
-
-
 @pytest.fixture
-def gcs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gcs]:
-    with buckets.gcs(monkeypatch) as bucket:
-        yield bucket
+def objects(monkeypatch: pytest.MonkeyPatch) -> Iterator[Objects]:
+    with buckets.served(monkeypatch) as held:
+        yield held
+
+
+@pytest.fixture(params=["gs", "s3"])
+def url(request: pytest.FixtureRequest, objects: Objects) -> str:
+    """An empty directory in a bucket, by either protocol."""
+    return f"{request.param}://bucket/run/checkpoints"
 
 
 def state(step: int) -> dict[str, Tensor | str | int]:
@@ -78,7 +76,7 @@ def test_save_restore_latest_and_retention(url: str) -> None:
 
 @pytest.mark.parametrize(("keep", "every"), [(None, None), (1, None), (2, 4), (None, 3)])
 def test_the_same_steps_stay_as_on_disk(
-    keep: int | None, every: int | None, gcs: Gcs, tmp_path: Path
+    keep: int | None, every: int | None, objects: Objects, tmp_path: Path
 ) -> None:
     left = []
     for place in (tmp_path, "gs://bucket/run"):
@@ -123,22 +121,21 @@ def test_damage_is_found_named_and_set_aside(url: str) -> None:
         assert_holds(url, step)
 
 
-def test_a_save_that_dies_at_any_moment_is_never_offered(gcs: Gcs) -> None:
-    url = "gs://bucket/run"
+def test_a_save_that_dies_at_any_moment_is_never_offered(url: str, objects: Objects) -> None:
     with contextlib.closing(open_store(url)) as store:
         store.save(1, state(1))
-    before = dict(gcs.objects)
+    before = dict(objects.held)
     outcomes = []
     for changes in itertools.count(1):
-        gcs.objects, gcs.changes_left = dict(before), changes
+        objects.held, objects.changes_left = dict(before), changes
         with contextlib.closing(open_store(url, keep=1)) as store:
             store.save(2, state(2))
             with contextlib.suppress(CheckpointError):
                 store.wait()
-        died, gcs.changes_left = gcs.changes_left == 0, None
+        died, objects.changes_left = objects.changes_left == 0, None
         with contextlib.closing(open_store(url, keep=1)) as store:
             outcomes.append(tuple(store.steps()))
-            assert 1 not in outcomes[-1] or before.items() <= gcs.objects.items()
+            assert 1 not in outcomes[-1] or before.items() <= objects.held.items()
             for step in outcomes[-1]:
                 assert_holds(url, step)
             if 2 not in outcomes[-1]:
@@ -146,27 +143,27 @@ def test_a_save_that_dies_at_any_moment_is_never_offered(gcs: Gcs) -> None:
             store.save(3, state(3))
             assert store.steps() == [3]
         assert_holds(url, 3)
-        assert {name.split("/")[1] for name in gcs.objects} == {"3"}
+        assert {name.split("/")[2] for name in objects.held} == {"3"}
         if not died:
             break
     assert outcomes.count((1,)) > 5
     assert sorted(set(outcomes), key=outcomes.index) == [(1,), (1, 2), (2,)]
 
 
-def test_refused_is_not_the_same_as_empty_or_damaged(gcs: Gcs) -> None:
+def test_refused_is_not_the_same_as_empty_or_damaged(url: str, objects: Objects) -> None:
     """tensorstore takes a refused listing for an empty one: a run would start afresh."""
-    with contextlib.closing(open_store("gs://bucket/run")) as store:
+    with contextlib.closing(open_store(url)) as store:
         store.save(1, state(1))
         store.wait()
-        gcs.changes_left = 0
+        objects.changes_left = 0
         for ask in (store.steps, store.latest, store.stored, lambda: store.save(2, state(2))):
-            with pytest.raises(CheckpointError, match=r"gs://bucket/run.* is out of reach: PERM"):
+            with pytest.raises(CheckpointError, match=rf"{url}.* is out of reach: PERM"):
                 ask()
         with pytest.raises(OutOfReachError, match="out of reach: PERMISSION_DENIED"):
             try_to_write(store.directory)
-        gcs.changes_left = None
+        objects.changes_left = None
         opened = open_stored(store.directory / "1" / "state")
-        gcs.changes_left = 0
+        objects.changes_left = 0
         for read in (
             lambda: opened.read(state(0), "cpu"),
             lambda: open_stored(store.directory / "1" / "state"),
@@ -174,8 +171,8 @@ def test_refused_is_not_the_same_as_empty_or_damaged(gcs: Gcs) -> None:
             with pytest.raises(CheckpointError, match="out of reach: PERMISSION_DENIED") as raised:
                 read()
             assert not isinstance(raised.value, DamagedError)
-        gcs.changes_left = None
-    assert_holds("gs://bucket/run", 1)
+        objects.changes_left = None
+    assert_holds(url, 1)
 
 
 def test_a_place_is_tried_before_a_run_and_left_clean(url: str) -> None:
@@ -245,10 +242,10 @@ assert not slow, slow
 """
 
 
-def test_reading_imports_neither_jax_nor_orbax(gcs: Gcs) -> None:
-    with contextlib.closing(open_store("gs://bucket/run")) as store:
+def test_reading_imports_neither_jax_nor_orbax(url: str) -> None:
+    with contextlib.closing(open_store(url)) as store:
         store.save(1, {"n": 1})
-    subprocess.run([sys.executable, "-c", SCRIPT, "gs://bucket/run"], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", SCRIPT, url], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("place", ["hf://user/model", "gs://", "gs:///run", "https://host/run"])
