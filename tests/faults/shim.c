@@ -1,0 +1,298 @@
+/* Counts the calls of this process on paths below one directory and strikes at the k-th of them.
+
+Loaded by LD_PRELOAD; idle until `faults_arm`. What to count and how to strike stands in a control
+file, shared by all ranks of a job; shim.py describes and fills it. The k-th call is not made: it
+fails with an errno, or a signal comes before it. Of a write that is struck, the first half is
+made: what a full disk and a kill leave of it.
+
+Not seen: mapped files, io_uring, writes of stdio's own buffers. Nothing that saves uses them
+(test_faults.py holds what is seen against the files that a run leaves).
+*/
+
+#define _GNU_SOURCE
+#undef _FORTIFY_SOURCE
+#include <dirent.h>
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+/* The order of shim.py's Call. */
+enum { OPEN, CREATE, READ, WRITE, MKDIR, RENAME, UNLINK, SYNC, KINDS };
+enum { SELF, GROUP, LAUNCHER, EVERYONE };
+
+struct control {
+  int64_t ranks;        /* bit r: rank r is counted and struck */
+  int64_t kinds;        /* bit: this kind of call is */
+  int64_t at;           /* which of them, from 1; 0: none */
+  int64_t error;        /* errno of the failing call, or 0 */
+  int64_t lasting;      /* all calls from there on fail */
+  int64_t signal;       /* sent there, or 0 */
+  int64_t whom;
+  int64_t microseconds; /* after arming, the signal is sent; 0: never */
+  _Atomic int64_t counted;
+  _Atomic int64_t struck;
+  _Atomic int64_t counts[64 * KINDS]; /* of every rank, of every kind */
+  _Atomic int64_t committed;
+  int64_t commits[64]; /* numbers to which something was renamed, with success */
+  char directory[PATH_MAX];
+  char place[PATH_MAX]; /* of the struck call */
+  char trace[PATH_MAX]; /* a file for all calls, or empty */
+};
+
+static struct control *control;
+static int64_t rank, launcher;
+static int trace = -1;
+
+#define REAL(name) ((__typeof__(&name))real(#name))
+
+static void *real(const char *name) {
+  void *found = dlsym(RTLD_NEXT, name);
+  if (!found) abort();
+  return found;
+}
+
+/* The absolute path of `path` seen from `dirfd`, or of the file `dirfd` itself where it is NULL. */
+static void absolute(char *out, int dirfd, const char *path) {
+  size_t length = 0;
+  if (!path || path[0] != '/') {
+    char link[64];
+    if (dirfd == AT_FDCWD) strcpy(link, "/proc/self/cwd");
+    else snprintf(link, sizeof link, "/proc/self/fd/%d", dirfd);
+    ssize_t n = readlink(link, out, PATH_MAX - 1);
+    length = n < 0 ? 0 : (size_t)n;
+    if (path) out[length++] = '/';
+  }
+  if (path) snprintf(out + length, PATH_MAX - length, "%s", path);
+  else out[length] = 0;
+}
+
+static void send_signal(void) {
+  int number = (int)control->signal;
+  int64_t whom = launcher ? control->whom : control->whom == SELF ? SELF : GROUP;
+  if (whom == LAUNCHER || whom == EVERYONE) kill((pid_t)launcher, number);
+  if (whom == GROUP || whom == EVERYONE) kill(0, number);
+  if (whom == SELF) kill(getpid(), number);
+  while (number == SIGKILL) pause();
+}
+
+/* What befalls the call: 0, nothing; an errno; SIGNAL, which the caller sends; of a write, HALF is
+   made first: what a kill leaves of it, or a full disk, which fails the next one. */
+enum { HALF = 1 << 16, SIGNAL = 1 << 17 };
+static int strike(int kind, int dirfd, const char *path) {
+  if (!control) return 0;
+  int before = errno;
+  char place[PATH_MAX];
+  absolute(place, dirfd, path);
+  errno = before;
+  size_t length = strlen(control->directory);
+  if (strncmp(place, control->directory, length) || (place[length] && place[length] != '/'))
+    return 0;
+  atomic_fetch_add(&control->counts[rank * KINDS + kind], 1);
+  if (trace >= 0) dprintf(trace, "%ld %d %s\n", (long)rank, kind, place);
+  if (!(control->ranks >> rank & 1) || !(control->kinds >> kind & 1) || !control->at) return 0;
+  int64_t number = atomic_fetch_add(&control->counted, 1) + 1;
+  if (number == control->at) {
+    memcpy(control->place, place, PATH_MAX);
+    atomic_store(&control->struck, 1 + kind);
+    int half = kind == WRITE && (control->signal == SIGKILL || control->lasting) ? HALF : 0;
+    return half | (control->signal ? SIGNAL : (int)control->error);
+  }
+  return control->lasting && number > control->at ? (int)control->error : 0;
+}
+
+#define STRIKE(kind, dirfd, path, failed)          \
+  do {                                             \
+    int struck = strike(kind, dirfd, path);        \
+    if (struck & SIGNAL) send_signal();            \
+    else if (struck) return errno = struck, failed; \
+  } while (0)
+
+static int changes(int flags) {
+  return (flags & O_ACCMODE) != O_RDONLY || flags & (O_CREAT | O_TRUNC) ? CREATE : OPEN;
+}
+
+static void *timed(void *unused) {
+  struct timespec left = {control->microseconds / 1000000, control->microseconds % 1000000 * 1000};
+  while (nanosleep(&left, &left)) continue;
+  snprintf(control->place, PATH_MAX, "a moment");
+  atomic_store(&control->struck, 1 + KINDS);
+  send_signal();
+  return unused;
+}
+
+/* Begins, as rank `self` of a job that process `parent` launched (0: it is alone). */
+int faults_arm(const char *path, int self, int parent) {
+  int file = REAL(open)(path, O_RDWR);
+  void *shared = mmap(NULL, sizeof *control, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  close(file);
+  if (file < 0 || shared == MAP_FAILED || self >= 64) return -1;
+  struct control *wanted = shared;
+  if (wanted->trace[0]) trace = REAL(open)(wanted->trace, O_WRONLY | O_APPEND | O_CREAT, 0644);
+  rank = self, launcher = parent, control = wanted;
+  pthread_t thread;
+  if (control->microseconds && control->ranks >> rank & 1)
+    return pthread_create(&thread, NULL, timed, NULL);
+  return 0;
+}
+
+/* ---- what is counted ---- */
+
+#define OPENS(name)                                        \
+  int name(const char *path, int flags, ...) {             \
+    va_list rest;                                          \
+    va_start(rest, flags);                                 \
+    mode_t mode = va_arg(rest, mode_t);                    \
+    va_end(rest);                                          \
+    STRIKE(changes(flags), AT_FDCWD, path, -1);            \
+    return REAL(name)(path, flags, mode);                  \
+  }
+#define OPENS_AT(name)                                     \
+  int name(int dirfd, const char *path, int flags, ...) {  \
+    va_list rest;                                          \
+    va_start(rest, flags);                                 \
+    mode_t mode = va_arg(rest, mode_t);                    \
+    va_end(rest);                                          \
+    STRIKE(changes(flags), dirfd, path, -1);               \
+    return REAL(name)(dirfd, path, flags, mode);           \
+  }
+OPENS(open)
+OPENS(open64)
+OPENS_AT(openat)
+OPENS_AT(openat64)
+
+int __open_2(const char *path, int flags) {
+  STRIKE(changes(flags), AT_FDCWD, path, -1);
+  return REAL(open)(path, flags);
+}
+int __open64_2(const char *path, int flags) { return __open_2(path, flags | O_LARGEFILE); }
+int __openat_2(int dirfd, const char *path, int flags) {
+  STRIKE(changes(flags), dirfd, path, -1);
+  return REAL(openat)(dirfd, path, flags);
+}
+int __openat64_2(int dirfd, const char *path, int flags) {
+  return __openat_2(dirfd, path, flags | O_LARGEFILE);
+}
+
+#define FOPENS(name)                                                            \
+  FILE *name(const char *path, const char *mode) {                              \
+    STRIKE(mode[0] == 'r' && !strchr(mode, '+') ? OPEN : CREATE, AT_FDCWD, path, NULL); \
+    return REAL(name)(path, mode);                                              \
+  }
+FOPENS(fopen)
+FOPENS(fopen64)
+
+DIR *opendir(const char *path) {
+  STRIKE(OPEN, AT_FDCWD, path, NULL);
+  return REAL(opendir)(path);
+}
+
+ssize_t read(int fd, void *data, size_t size) {
+  STRIKE(READ, fd, NULL, -1);
+  return REAL(read)(fd, data, size);
+}
+ssize_t readv(int fd, const struct iovec *parts, int count) {
+  STRIKE(READ, fd, NULL, -1);
+  return REAL(readv)(fd, parts, count);
+}
+#define PREADS(name, offset_t)                                        \
+  ssize_t name(int fd, void *data, size_t size, offset_t offset) {    \
+    STRIKE(READ, fd, NULL, -1);                                       \
+    return REAL(name)(fd, data, size, offset);                        \
+  }
+PREADS(pread, off_t)
+PREADS(pread64, off64_t)
+
+#define STRIKE_WRITE(fd, size, half)                                    \
+  do {                                                                  \
+    int struck = strike(WRITE, fd, NULL);        \
+    ssize_t made = struck & HALF && (size) > 1 ? (half) : 0;            \
+    if (struck & SIGNAL) send_signal();                                 \
+    else if (struck && made > 0) return made;                           \
+    else if (struck) return errno = struck & ~HALF, -1;                 \
+  } while (0)
+
+ssize_t write(int fd, const void *data, size_t size) {
+  STRIKE_WRITE(fd, size, REAL(write)(fd, data, size / 2));
+  return REAL(write)(fd, data, size);
+}
+ssize_t writev(int fd, const struct iovec *parts, int count) {
+  STRIKE_WRITE(fd, parts->iov_len, REAL(write)(fd, parts->iov_base, parts->iov_len / 2));
+  return REAL(writev)(fd, parts, count);
+}
+#define PWRITES(name, offset_t)                                                  \
+  ssize_t name(int fd, const void *data, size_t size, offset_t offset) {         \
+    STRIKE_WRITE(fd, size, REAL(name)(fd, data, size / 2, offset));              \
+    return REAL(name)(fd, data, size, offset);                                   \
+  }
+PWRITES(pwrite, off_t)
+PWRITES(pwrite64, off64_t)
+#define PWRITEVS(name, offset_t)                                                 \
+  ssize_t name(int fd, const struct iovec *parts, int count, offset_t offset) {  \
+    STRIKE(WRITE, fd, NULL, -1);                                                 \
+    return REAL(name)(fd, parts, count, offset);                                 \
+  }
+PWRITEVS(pwritev, off_t)
+PWRITEVS(pwritev64, off64_t)
+
+#define TRUNCATES(name, offset_t)            \
+  int name(int fd, offset_t size) {          \
+    STRIKE(WRITE, fd, NULL, -1);             \
+    return REAL(name)(fd, size);             \
+  }
+TRUNCATES(ftruncate, off_t)
+TRUNCATES(ftruncate64, off64_t)
+
+int mkdir(const char *path, mode_t mode) {
+  STRIKE(MKDIR, AT_FDCWD, path, -1);
+  return REAL(mkdir)(path, mode);
+}
+int mkdirat(int dirfd, const char *path, mode_t mode) {
+  STRIKE(MKDIR, dirfd, path, -1);
+  return REAL(mkdirat)(dirfd, path, mode);
+}
+int rename(const char *from, const char *to) {
+  STRIKE(RENAME, AT_FDCWD, to, -1);
+  int failed = REAL(rename)(from, to);
+  const char *name = strrchr(to, '/') ? strrchr(to, '/') + 1 : to;
+  if (!failed && control && name[0] && !name[strspn(name, "0123456789")])
+    control->commits[atomic_fetch_add(&control->committed, 1) % 64] = atoll(name);
+  return failed;
+}
+int renameat(int from_fd, const char *from, int to_fd, const char *to) {
+  STRIKE(RENAME, to_fd, to, -1);
+  return REAL(renameat)(from_fd, from, to_fd, to);
+}
+int unlink(const char *path) {
+  STRIKE(UNLINK, AT_FDCWD, path, -1);
+  return REAL(unlink)(path);
+}
+int unlinkat(int dirfd, const char *path, int flags) {
+  STRIKE(UNLINK, dirfd, path, -1);
+  return REAL(unlinkat)(dirfd, path, flags);
+}
+int rmdir(const char *path) {
+  STRIKE(UNLINK, AT_FDCWD, path, -1);
+  return REAL(rmdir)(path);
+}
+int fsync(int fd) {
+  STRIKE(SYNC, fd, NULL, -1);
+  return REAL(fsync)(fd);
+}
+int fdatasync(int fd) {
+  STRIKE(SYNC, fd, NULL, -1);
+  return REAL(fdatasync)(fd);
+}
