@@ -151,9 +151,7 @@ def damage_newest(how: str) -> Draw:
 
 def damage_all(draw: random.Random, ranks: int, truth: Truth) -> Plan:
     steps = saved_steps(truth.half)
-    return Plan(
-        True, damages=tuple(damage(draw, truth.half, s, draw.choice(HOWS)) for s in steps)
-    )
+    return Plan(True, damages=tuple(damage(draw, truth.half, s, draw.choice(HOWS)) for s in steps))
 
 
 def damage_older(draw: random.Random, ranks: int, truth: Truth) -> Plan:
@@ -173,7 +171,9 @@ FAULTS: Mapping[str, Draw] = {
     "disk full on one rank": error_at_a_call(SPACE, (errno.ENOSPC,), one),
     "disk full on all ranks": error_at_a_call(SPACE, (errno.ENOSPC,), every),
     "disk full for one call": error_at_a_call(SPACE, (errno.ENOSPC,), one, lasting=0),
-    "directory read-only or forbidden": error_at_a_call(CHANGES, (errno.EROFS, errno.EACCES), every),
+    "directory read-only or forbidden": error_at_a_call(
+        CHANGES, (errno.EROFS, errno.EACCES), every
+    ),
     "… on one rank": error_at_a_call(CHANGES, (errno.EROFS, errno.EACCES), one),
     "I/O error of a write or fsync": error_at_a_call(STORES, (errno.EIO,), one, lasting=0.5),
     "I/O error of a restore": error_of_a_restore,

@@ -117,7 +117,9 @@ class World:
         return self.truths[ranks]
 
     def _find_truth(self, ranks: int) -> Truth:
-        places = [self.directory / f"truths/{n}{ranks}" for n in ("all", "half", "fresh", "resumed")]
+        places = [
+            self.directory / f"truths/{n}{ranks}" for n in ("all", "half", "fresh", "resumed")
+        ]
         everything, half, fresh, resumed = places
         succeeded(self.run(everything, ranks, train_keep_checkpoints=0))
         contents = {step: read_checkpoint(everything, step) for step in saved_steps(everything)}
