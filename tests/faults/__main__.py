@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from tests.faults.cases import make_case
-from tests.faults.play import Outcome, describe, play
+from tests.faults.play import describe, play
 from tests.faults.truth import World
 
 

@@ -3,22 +3,26 @@
 import errno
 import random
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import attrs
 from attrs import frozen
 
+from omnistep.bin.stop import WISHES
 from tests.bin.runs import saved_steps
 from tests.faults.jobs import Job
-from tests.faults.shim import ANY, Call, Strike, Whom
+from tests.faults.shim import NOTHING, Call, Made, Strike, Whom
 from tests.faults.truth import Truth, World
 
 SPACE = frozenset({Call.CREATE, Call.WRITE, Call.MKDIR})
 """What a full disk refuses."""
 CHANGES = frozenset({Call.CREATE, Call.MKDIR, Call.RENAME, Call.UNLINK})
-"""What a directory refuses that cannot be written."""
+"""What a directory refuses that cannot be written; READ_ONLY: and how."""
+READ_ONLY = (errno.EROFS, errno.EACCES)
 STORES = frozenset({Call.WRITE, Call.SYNC})
 FETCHES = frozenset({Call.OPEN, Call.READ})
+KILL = (signal.SIGKILL,)
 
 
 @frozen
@@ -55,7 +59,7 @@ class Plan:
 
     resumed: bool = False
     """It goes on from a checkpoint; else it starts."""
-    strike: Strike = Strike(frozenset())
+    strike: Strike = NOTHING
     damages: tuple[Damage, ...] = ()
 
 
@@ -89,47 +93,70 @@ def begin(draw: random.Random, truth: Truth) -> tuple[bool, Job]:
     return resumed, truth.resumed if resumed else truth.fresh
 
 
-def place(draw: random.Random, run: Job, ranks: frozenset[int], calls: frozenset[Call]) -> int:
-    return draw.randint(1, run.seen.count(ranks, calls))
+def at_a_call(draw: random.Random, calls: Sequence[Made], ranks: frozenset[int]) -> Strike:
+    """At one of these calls, all alike, by any of the ranks; the fault is still to be added.
+
+    Threads make calls in changing order: so the place is a file, not a number among all calls.
+    """
+    mine = [made for made in calls if made.rank in ranks]
+    number = draw.randrange(len(mine))
+    chosen = mine[number]
+    alike = [m for m in mine[: number + 1] if (m.call, m.pattern) == (chosen.call, chosen.pattern)]
+    return Strike(ranks, chosen.call, chosen.pattern, len(alike))
 
 
-def signal_at_a_call(number: int, whom: Whom, chosen: Ranks) -> Draw:
+def signal_at_a_call(numbers: tuple[int, ...], whom: Whom, chosen: Ranks) -> Draw:
     def draw_plan(draw: random.Random, ranks: int, truth: Truth) -> Plan:
-        (resumed, run), struck = begin(draw, truth), chosen(draw, ranks)
-        at = place(draw, run, struck, ANY)
-        return Plan(resumed, Strike(struck, at=at, signal=number, whom=whom))
+        resumed, run = begin(draw, truth)
+        strike = at_a_call(draw, run.seen.calls, chosen(draw, ranks))
+        return Plan(resumed, attrs.evolve(strike, signal=draw.choice(numbers), whom=whom))
 
     return draw_plan
 
 
-def signal_at_a_moment(number: int, *whom: Whom) -> Draw:
+def signal_at_a_moment(numbers: tuple[int, ...], *whom: Whom) -> Draw:
     def draw_plan(draw: random.Random, ranks: int, truth: Truth) -> Plan:
         (resumed, run), struck = begin(draw, truth), one(draw, ranks)
-        seconds = draw.uniform(0.05, 0.9 * run.seconds)
+        seconds, number = draw.uniform(0.05, 0.8 * run.seconds), draw.choice(numbers)
         return Plan(resumed, Strike(struck, signal=number, whom=draw.choice(whom), seconds=seconds))
 
     return draw_plan
 
 
 def error_at_a_call(
-    calls: frozenset[Call], numbers: tuple[int, ...], chosen: Ranks, lasting: float = 1.0
+    kinds: frozenset[Call], numbers: tuple[int, ...], chosen: Ranks, lasting: float = 1.0
 ) -> Draw:
-    """`lasting`: how often it is not of one call only."""
+    """`lasting`: how often all calls of these kinds fail from there on, not only that one."""
 
     def draw_plan(draw: random.Random, ranks: int, truth: Truth) -> Plan:
-        (resumed, run), struck = begin(draw, truth), chosen(draw, ranks)
-        at, number = place(draw, run, struck, calls), draw.choice(numbers)
-        strike = Strike(struck, calls, at, error=number, lasting=draw.random() < lasting)
-        return Plan(resumed, strike)
+        resumed, run = begin(draw, truth)
+        calls = [made for made in run.seen.calls if made.call in kinds]
+        strike = at_a_call(draw, calls, chosen(draw, ranks))
+        return Plan(resumed, fail(draw, strike, kinds, numbers, lasting))
 
     return draw_plan
 
 
+def fail(
+    draw: random.Random,
+    strike: Strike,
+    kinds: frozenset[Call],
+    numbers: tuple[int, ...],
+    lasting: float,
+) -> Strike:
+    lasts = kinds if draw.random() < lasting else frozenset()
+    return attrs.evolve(strike, error=draw.choice(numbers), lasting=lasts)
+
+
 def error_of_a_restore(draw: random.Random, ranks: int, truth: Truth) -> Plan:
-    struck = one(draw, ranks) if draw.random() < 0.5 else every(draw, ranks)
-    at = place(draw, truth.resumed, struck, FETCHES)
-    lasting = draw.random() < 0.5
-    return Plan(True, Strike(struck, FETCHES, at, error=errno.EIO, lasting=lasting))
+    newest = f"checkpoints/{saved_steps(truth.half)[-1]}"
+    reads = [
+        made
+        for made in truth.resumed.seen.calls
+        if made.call in FETCHES and made.place.startswith(newest + "/")
+    ]
+    strike = at_a_call(draw, reads, draw.choice((one, every))(draw, ranks))
+    return Plan(True, fail(draw, strike, FETCHES, (errno.EIO,), 0.5))
 
 
 def damage(draw: random.Random, half: Path, step: int, how: str) -> Damage:
@@ -160,14 +187,14 @@ def damage_older(draw: random.Random, ranks: int, truth: Truth) -> Plan:
 
 
 FAULTS: Mapping[str, Draw] = {
-    "SIGKILL of one rank at a call": signal_at_a_call(signal.SIGKILL, Whom.SELF, one),
-    "SIGKILL of all ranks at a call": signal_at_a_call(signal.SIGKILL, Whom.EVERYONE, every),
-    "SIGKILL of one rank at a moment": signal_at_a_moment(signal.SIGKILL, Whom.SELF),
+    "SIGKILL of one rank at a call": signal_at_a_call(KILL, Whom.SELF, one),
+    "SIGKILL of all ranks at a call": signal_at_a_call(KILL, Whom.EVERYONE, every),
+    "SIGKILL of one rank at a moment": signal_at_a_moment(KILL, Whom.SELF),
     "SIGKILL of all ranks at a moment": signal_at_a_moment(
-        signal.SIGKILL, Whom.RANKS, Whom.LAUNCHER, Whom.EVERYONE
+        KILL, Whom.RANKS, Whom.LAUNCHER, Whom.EVERYONE
     ),
-    "SIGTERM of one rank at a call": signal_at_a_call(signal.SIGTERM, Whom.SELF, one),
-    "SIGTERM of the job at a moment": signal_at_a_moment(signal.SIGTERM, Whom.LAUNCHER),
+    "SIGTERM or SIGUSR1 of one rank at a call": signal_at_a_call(WISHES, Whom.SELF, one),
+    "SIGTERM or SIGUSR1 of the job at a moment": signal_at_a_moment(WISHES, Whom.LAUNCHER),
     "disk full on one rank": error_at_a_call(SPACE, (errno.ENOSPC,), one),
     "disk full on all ranks": error_at_a_call(SPACE, (errno.ENOSPC,), every),
     "disk full for one call": error_at_a_call(SPACE, (errno.ENOSPC,), one, lasting=0),
@@ -176,6 +203,7 @@ FAULTS: Mapping[str, Draw] = {
     ),
     "… on one rank": error_at_a_call(CHANGES, (errno.EROFS, errno.EACCES), one),
     "I/O error of a write or fsync": error_at_a_call(STORES, (errno.EIO,), one, lasting=0.5),
+    "I/O error of any read": error_at_a_call(FETCHES, (errno.EIO,), one, lasting=0.5),
     "I/O error of a restore": error_of_a_restore,
     "newest checkpoint truncated": damage_newest("truncated"),
     "newest checkpoint lacks a file": damage_newest("missing"),

@@ -53,18 +53,20 @@ class Server:
         nproc: int,
         directory: Path,
         strike: Strike = NOTHING,
-        trace: Path | None = None,
+        *,
+        traced: bool = False,
     ) -> Job:
         """`bin/train argv --nproc nproc`, struck at its calls on paths below `directory`."""
         self._count += 1
         place = {n: self._directory / f"{self._count}.{n}" for n in ("control", "stdout", "stderr")}
+        trace = self._directory / f"{self._count}.trace" if traced else None
         make_control(place["control"], directory, strike, trace)
         began = time.monotonic()
         files = {name: str(path) for name, path in place.items()}
         pid = self._ask({"argv": list(argv), "nproc": nproc, **files})
         code = self._ask({"wait": pid, "seconds": PATIENCE})
         out, err = (place[n].read_text(errors="replace") for n in ("stdout", "stderr"))
-        seen = read_control(place["control"], nproc)
+        seen = read_control(place["control"], trace)
         for path in place.values():
             os.unlink(path)
         return Job(code, out, err, seen, time.monotonic() - began)

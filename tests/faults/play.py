@@ -1,6 +1,7 @@
 """One case from the fault to the end of the retry, and what is wrong with it."""
 
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Literal
 from attrs import frozen
 
 from omnistep.bin.stop import ASKED, RESUME_ME
-from tests.bin.runs import saved_steps
+from tests.bin.runs import content, saved_steps
 from tests.faults.cases import Case
 from tests.faults.jobs import PATIENCE, Job
 from tests.faults.truth import CUT, Truth, World, differences, distances, kept, unlike
@@ -37,21 +38,26 @@ def play(world: World, case: Case) -> Outcome:
         shutil.copytree(truth.half, output)
     for damage in case.plan.damages:
         damage.apply(output)
+    before, steps = content(output / "checkpoints"), set(saved_steps(output))
     job = world.run(output, case.ranks, case.plan.strike)
     where = "; ".join(map(str, case.plan.damages)) or job.seen.struck or "not struck"
     problems = [*ending(case, job), *harm(case, job, output, truth)]
     verdict: Verdict = "finished" if where != "not struck" else "missed"
     seconds = job.seconds
     if job.code == 0:
-        problems += differences(output, truth)
+        problems += [*fall_back(job, output, steps), *differences(output, truth)]
+        problems += retention(job, output, steps)
     elif job.code is not None:
         verdict = "retried" if case.retry_ranks == case.ranks else "elsewhere"
-        for damage in case.plan.damages:  # all were: whole again, nothing else may be lost
-            shutil.copy(truth.half / damage.file, output / damage.file)
+        where += f"; ended with {job.code}, {said(job)}"
+        if case.plan.damages:
+            if content(output / "checkpoints") != before:
+                problems.append("a run that could not begin changed the checkpoints")
+            for damage in case.plan.damages:  # whole again: nothing else may be lost
+                shutil.copy(truth.half / damage.file, output / damage.file)
         retry, more = go_on(world, case, output, truth)
         problems += more
         seconds += retry.seconds
-        where += f"; ended with {job.code}, {said(job)}"
     if problems:
         verdict = "failed"
     else:
@@ -60,8 +66,39 @@ def play(world: World, case: Case) -> Outcome:
 
 
 def said(job: Job) -> str:
-    lines = job.err.strip().splitlines()
-    return lines[-1] if lines else "in silence"
+    """The error that a run ended with."""
+    _, error, text = job.err.rpartition("error: ")
+    return error + text.strip() if error else "without an error"
+
+
+def set_aside(output: Path) -> set[int]:
+    places = (output / "checkpoints").glob("*.damaged*")
+    return {int(path.name.partition(".")[0]) for path in places}
+
+
+def fall_back(job: Job, output: Path, steps: set[int]) -> list[str]:
+    """What is wrong with the step at which a run began that found damage, or with what it said."""
+    damaged = set_aside(output)
+    sound = max(steps - damaged, default=None)
+    problems = []
+    if sound is not None and f"  resume  step {sound}," not in job.out:
+        problems.append(f"did not begin at step {sound}: {job.out}")
+    for step in damaged:
+        told = re.search(
+            rf"^ damaged  step {step}, now \S+: (rank \d+: )?'[\w.]+' in the checkpoint",
+            job.out,
+            re.M,
+        )
+        problems += [] if told else [f"did not tell of step {step}: {job.out}"]
+    return problems
+
+
+def retention(job: Job, output: Path, steps: set[int]) -> list[str]:
+    """Whether a finished run, which began among these steps, left what it was to keep."""
+    saved = set(job.seen.commits)
+    wanted = kept((steps - set_aside(output)) | saved) if saved else steps - set_aside(output)
+    there = set(saved_steps(output))
+    return [] if there == wanted else [f"holds the checkpoints {there}, not {wanted}"]
 
 
 def ending(case: Case, job: Job) -> list[str]:
@@ -78,16 +115,17 @@ def ending(case: Case, job: Job) -> list[str]:
     if strike.signal == signal.SIGKILL:
         told = job.code == 128 + signal.SIGKILL and "was killed by SIGKILL" in job.err
         return [] if job.code == -signal.SIGKILL or told else [f"after a SIGKILL: {text}"]
-    if strike.signal == signal.SIGTERM:
+    if strike.signal:
         if job.code == RESUME_ME:
             told = ASKED.decode() in job.err or case.ranks > 1
             return [] if told and "stopped and saved at step" in job.out else [text]
-        early = job.code in (-signal.SIGTERM, 128 + signal.SIGTERM)
-        return [] if early and "step" not in job.out else [f"after a SIGTERM: {text}"]
-    reason = os.strerror(strike.error).lower() if strike.error else "damaged"
+        early = job.code in (-strike.signal, 128 + strike.signal)
+        return [] if early and "step 1" not in job.out else [f"after a wish to end: {text}"]
+    reason = os.strerror(strike.error).lower() if strike.error else "is damaged"
     if job.code != 1 or not said(job).startswith("error: ") or reason not in job.err.lower():
         return [f"the error does not tell `{reason}`; {text}"]
-    return []
+    unnamed = [d for d in case.plan.damages if f"step {d.file.parts[1]}: '" not in job.err]
+    return [f"does not name what is damaged: {text}"] if unnamed else []
 
 
 def harm(case: Case, job: Job, output: Path, truth: Truth) -> list[str]:
@@ -104,7 +142,8 @@ def harm(case: Case, job: Job, output: Path, truth: Truth) -> list[str]:
 
 def go_on(world: World, case: Case, output: Path, truth: Truth) -> tuple[Job, list[str]]:
     """The retry without a fault."""
-    newest = max(saved_steps(output), default=None)
+    steps = set(saved_steps(output))
+    newest = max(steps, default=None)
     job = world.run(output, case.retry_ranks)
     problems = []
     if job.code != 0:
@@ -112,23 +151,24 @@ def go_on(world: World, case: Case, output: Path, truth: Truth) -> tuple[Job, li
     begins = "  resume  step" if newest is None else f"  resume  step {newest},"
     if (begins in job.out) != (newest is not None):
         problems.append(f"the retry did not begin at {newest}: {job.out}")
-    if job.err or "damaged" in job.out:
+    if job.err or set_aside(output) or "damaged" in job.out:
         problems.append(f"the retry met a checkpoint that was not sound: {job.out}{job.err}")
     if job.seen.commits and (left := list((output / "checkpoints").glob("*tmp*"))):
         problems.append(f"remains of a save that was cut off: {', '.join(p.name for p in left)}")
+    problems += retention(job, output, steps)
     compare = differences if case.retry_ranks == case.ranks else distances
     return job, problems + compare(output, truth)
 
 
 def describe(case: Case) -> str:
+    """All that was drawn."""
     strike = case.plan.strike
     start = f"resumed (cut off at step {CUT})" if case.plan.resumed else "fresh"
-    what = [f"{case.fault} on {case.ranks} ranks, {start}, retry on {case.retry_ranks}"]
+    what = [f"{case.fault}; {case.ranks} rank(s), {start}, retry on {case.retry_ranks}"]
     if strike.ranks:
-        calls = ", ".join(sorted(call.name for call in strike.calls))
-        at = f"call {strike.at} of {calls}" if strike.at else f"{strike.seconds:.3f} s"
-        lasting = ", lasting" if strike.lasting else ""
+        call = f"{strike.call.name.lower()} of {strike.pattern}, number {strike.at}"
         sent = f"signal {strike.signal} to {strike.whom.name}" if strike.signal else ""
-        error = os.strerror(strike.error) if strike.error else ""
-        what.append(f"ranks {sorted(strike.ranks)} at {at}: {sent}{error}{lasting}")
+        error = os.strerror(strike.error) + " from there on" * bool(strike.lasting)
+        when = call if strike.at else f"{strike.seconds:.3f} s"
+        what.append(f"ranks {sorted(strike.ranks)}, {when}: {sent or error}")
     return "; ".join([*what, *map(str, case.plan.damages)])

@@ -61,8 +61,9 @@ def wait(job: int, seconds: float) -> int | None:
 
 
 def children() -> list[int]:
-    me = os.getpid()
-    return [int(pid) for pid in Path(f"/proc/{me}/task/{me}/children").read_text().split()]
+    """Of any of our threads: orphans are given to one of them."""
+    lists = [path.read_text() for path in Path("/proc/self/task").glob("*/children")]
+    return [int(pid) for pid in " ".join(lists).split()]
 
 
 def redirect(stdout: str, stderr: str) -> None:
@@ -75,6 +76,9 @@ def redirect(stdout: str, stderr: str) -> None:
 def job(request: dict[str, Any]) -> int:
     argv, control, nproc = request["argv"], request["control"], request["nproc"]
     if nproc == 1:
+        torch.set_num_threads(
+            1
+        )  # ours, not that of a process which was forked: threads race for it
         arm(control, 0, 0)
         return train.main(argv)
     ranks = [fork_rank(rank, control) for rank in range(nproc)]
@@ -142,13 +146,13 @@ def fork_rank(rank: int, control: str) -> Rank:
     os.environ.update(told["environment"])
     if told["error"] is not None:
         redirect(os.devnull, told["error"])
+    torch.set_num_threads(1)
     arm(control, rank, launcher)
     raise SystemExit(train.main(told["argv"]))
 
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", "os.fork")
-    torch.set_num_threads(1)
     ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     for name in EARLY:
         importlib.import_module(name)

@@ -1,7 +1,7 @@
-/* Counts the calls of this process on paths below one directory and strikes at the k-th of them.
+/* Sees the calls of this process on paths below one directory, and strikes at one of them.
 
-Loaded by LD_PRELOAD; idle until `faults_arm`. What to count and how to strike stands in a control
-file, shared by all ranks of a job; shim.py describes and fills it. The k-th call is not made: it
+Loaded by LD_PRELOAD; idle until `faults_arm`. What to strike, and how, stands in a control
+file, shared by all ranks of a job; shim.py describes and fills it. The struck call is not made: it
 fails with an errno, or a signal comes before it. Of a write that is struck, the first half is
 made: what a full disk and a kill leave of it.
 
@@ -15,6 +15,7 @@ Not seen: mapped files, io_uring, writes of stdio's own buffers. Nothing that sa
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <fnmatch.h>
 #include <limits.h>
 #include <pthread.h>
 #include <signal.h>
@@ -35,22 +36,22 @@ enum { OPEN, CREATE, READ, WRITE, MKDIR, RENAME, UNLINK, SYNC, KINDS };
 enum { SELF, GROUP, LAUNCHER, EVERYONE };
 
 struct control {
-  int64_t ranks;        /* bit r: rank r is counted and struck */
-  int64_t kinds;        /* bit: this kind of call is */
-  int64_t at;           /* which of them, from 1; 0: none */
-  int64_t error;        /* errno of the failing call, or 0 */
-  int64_t lasting;      /* all calls from there on fail */
+  int64_t ranks;        /* bit r: rank r is struck */
+  int64_t kind;         /* of the struck call: the at-th of this kind on a path like `pattern` */
+  int64_t at;           /* from 1; 0: none */
+  int64_t error;        /* errno of the struck call, or 0 */
+  int64_t lasting;      /* bit: so do all later calls of this kind fail */
   int64_t signal;       /* sent there, or 0 */
   int64_t whom;
   int64_t microseconds; /* after arming, the signal is sent; 0: never */
   _Atomic int64_t counted;
   _Atomic int64_t struck;
-  _Atomic int64_t counts[64 * KINDS]; /* of every rank, of every kind */
   _Atomic int64_t committed;
   int64_t commits[64]; /* numbers to which something was renamed, with success */
   char directory[PATH_MAX];
-  char place[PATH_MAX]; /* of the struck call */
-  char trace[PATH_MAX]; /* a file for all calls, or empty */
+  char pattern[PATH_MAX]; /* fnmatch's, of a path relative to the directory */
+  char place[PATH_MAX];   /* of the struck call */
+  char trace[PATH_MAX];   /* a file for all calls, or empty */
 };
 
 static struct control *control;
@@ -101,17 +102,17 @@ static int strike(int kind, int dirfd, const char *path) {
   size_t length = strlen(control->directory);
   if (strncmp(place, control->directory, length) || (place[length] && place[length] != '/'))
     return 0;
-  atomic_fetch_add(&control->counts[rank * KINDS + kind], 1);
-  if (trace >= 0) dprintf(trace, "%ld %d %s\n", (long)rank, kind, place);
-  if (!(control->ranks >> rank & 1) || !(control->kinds >> kind & 1) || !control->at) return 0;
-  int64_t number = atomic_fetch_add(&control->counted, 1) + 1;
-  if (number == control->at) {
-    memcpy(control->place, place, PATH_MAX);
-    atomic_store(&control->struck, 1 + kind);
-    int half = kind == WRITE && (control->signal == SIGKILL || control->lasting) ? HALF : 0;
-    return half | (control->signal ? SIGNAL : (int)control->error);
-  }
-  return control->lasting && number > control->at ? (int)control->error : 0;
+  char *below = place + length + (place[length] == '/');
+  if (trace >= 0) dprintf(trace, "%ld %d %s\n", (long)rank, kind, below);
+  if (!(control->ranks >> rank & 1)) return 0;
+  int lasts = control->lasting >> kind & 1;
+  if (atomic_load(&control->struck)) return lasts ? (int)control->error : 0;
+  if (kind != control->kind || fnmatch(control->pattern, below, 0)) return 0;
+  if (atomic_fetch_add(&control->counted, 1) + 1 != control->at) return 0;
+  memcpy(control->place, place, PATH_MAX);
+  atomic_store(&control->struck, 1 + kind);
+  int half = kind == WRITE && (control->signal == SIGKILL || lasts) ? HALF : 0;
+  return half | (control->signal ? SIGNAL : (int)control->error);
 }
 
 #define STRIKE(kind, dirfd, path, failed)          \

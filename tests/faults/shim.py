@@ -1,13 +1,13 @@
-"""Strikes at the k-th call of a process on the files below a directory; shim.c does it.
+"""Strikes at one call of a process on the files below a directory; shim.c does it.
 
 `build` compiles it; a process that has it in LD_PRELOAD calls `arm` with a control file that
-`Control.create` made, and is counted and struck from there on.
+`make_control` made, and is watched and struck from there on.
 """
 
 import ctypes
 import enum
-import mmap
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -44,22 +44,35 @@ class Whom(enum.IntEnum):
     EVERYONE = 3
 
 
-ANY = frozenset(Call)
+@frozen
+class Made:
+    """A call that was made."""
+
+    rank: int
+    call: Call
+    place: str
+    """Of its file, below the directory; of a rename the new one."""
+
+    @property
+    def pattern(self) -> str:
+        """The place, whatever names tensorstore draws for its files."""
+        return re.sub(r"[0-9a-f]{32}", "?" * 32, self.place)
 
 
 @frozen
 class Strike:
-    """One fault: `error` or `signal`, at the call of number `at` or after `seconds`.
+    """One fault: `error` or `signal`, after `seconds` or at a call.
 
-    `ranks` are counted together, and struck; `calls` are the kinds that count. A `lasting` error
-    is that of all counted calls from there on.
+    The call is the `at`-th (from 1) of kind `call` on a file like `pattern` that any of the `ranks`
+    makes. An error is that of all calls of the kinds `lasting` from there on.
     """
 
     ranks: frozenset[int]
-    calls: frozenset[Call] = ANY
+    call: Call = Call.OPEN
+    pattern: str = ""
     at: int = 0
     error: int = 0
-    lasting: bool = False
+    lasting: frozenset[Call] = frozenset()
     signal: int = 0
     whom: Whom = Whom.SELF
     seconds: float = 0.0
@@ -73,7 +86,7 @@ class _Control(ctypes.Structure):
 
     _fields_ = (
         ("ranks", ctypes.c_int64),
-        ("kinds", ctypes.c_int64),
+        ("kind", ctypes.c_int64),
         ("at", ctypes.c_int64),
         ("error", ctypes.c_int64),
         ("lasting", ctypes.c_int64),
@@ -82,10 +95,10 @@ class _Control(ctypes.Structure):
         ("microseconds", ctypes.c_int64),
         ("counted", ctypes.c_int64),
         ("struck", ctypes.c_int64),
-        ("counts", ctypes.c_int64 * len(Call) * 64),
         ("committed", ctypes.c_int64),
         ("commits", ctypes.c_int64 * 64),
         ("directory", ctypes.c_char * PATH_MAX),
+        ("pattern", ctypes.c_char * PATH_MAX),
         ("place", ctypes.c_char * PATH_MAX),
         ("trace", ctypes.c_char * PATH_MAX),
     )
@@ -95,42 +108,41 @@ class _Control(ctypes.Structure):
 class Seen:
     """What the shim has seen of a job."""
 
-    counts: tuple[dict[Call, int], ...]
-    """Of each rank."""
+    calls: tuple[Made, ...]
+    """In order, if it was traced."""
     commits: tuple[int, ...]
     """The numbers to which a directory was renamed, in order."""
     struck: str
     """`rename checkpoints/4`, `a moment`, or nothing."""
 
-    def count(self, ranks: frozenset[int], calls: frozenset[Call]) -> int:
-        return sum(self.counts[rank][call] for rank in ranks for call in calls)
 
-
-def make_control(path: Path, directory: Path, strike: Strike, trace: Path | None = None) -> None:
-    """Writes the control file of a job whose calls on paths below `directory` count."""
+def make_control(path: Path, directory: Path, strike: Strike, trace: Path | None) -> None:
+    """Writes the control file of a job whose calls on paths below `directory` are watched."""
     control = _Control(
         ranks=sum(1 << rank for rank in strike.ranks),
-        kinds=sum(1 << call for call in strike.calls),
+        kind=strike.call,
         at=strike.at,
         error=strike.error,
-        lasting=strike.lasting,
+        lasting=sum(1 << call for call in strike.lasting),
         signal=strike.signal,
         whom=strike.whom,
         microseconds=round(strike.seconds * 1e6),
         directory=os.fsencode(directory),
+        pattern=os.fsencode(strike.pattern),
         trace=b"" if trace is None else os.fsencode(trace),
     )
     path.write_bytes(bytes(control))
 
 
-def read_control(path: Path, nproc: int) -> Seen:
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as shared:
-        control = _Control.from_buffer_copy(shared)
+def read_control(path: Path, trace: Path | None) -> Seen:
+    control = _Control.from_buffer_copy(path.read_bytes())
     place = control.place.decode().removeprefix(control.directory.decode() + "/")
     kinds = [call.name.lower() for call in Call]
     how = f"{kinds[control.struck - 1]} {place}" if control.struck <= len(Call) else place
+    lines = [] if trace is None else trace.read_text().splitlines()
+    calls = (line.split(" ", 2) for line in lines)
     return Seen(
-        tuple({call: control.counts[rank][call] for call in Call} for rank in range(nproc)),
+        tuple(Made(int(rank), Call(int(call)), where) for rank, call, where in calls),
         tuple(control.commits[: control.committed]),
         how if control.struck else "",
     )
