@@ -66,6 +66,9 @@ class OrbaxStore:
         self._catalogue: Any = None
         self._saving: threading.Thread | None = None
         self._step = 0
+        self._telling = threading.Lock()
+        """Held by the one thread of rank 0 that talks to the other ranks."""
+        self._over = False
         self._failure: Exception | None = None
         # A script that ends without close() must not lose its last save: orbax needs executors,
         # which refuse work from the moment the interpreter ends. Only this hook comes earlier;
@@ -177,6 +180,7 @@ class OrbaxStore:
 
     def _lead(self, step: int, leaves: dict[str, Any]) -> None:
         """Rank 0: orbax saves, calling `_write` for the arrays; then all hear how it went."""
+        self._over = False
         try:
             if self._catalogue is None:
                 self._catalogue = _open_catalogue(
@@ -185,13 +189,18 @@ class OrbaxStore:
             self._catalogue.save(step, _nested(leaves), checksums(leaves))
         except Exception as error:
             self._forget_catalogue()  # it counts the failed step; the next one cleans up after it
-            self._ranks.broadcast(("done", str(error) or type(error).__name__))
+            with self._telling:  # orbax does not wait for the arrays where a text has failed
+                self._over = True
+                self._ranks.broadcast(("done", str(error) or type(error).__name__))
             raise
         self._ranks.broadcast(("done", None))
 
     def _write(self, directory: str, shards: list[Shard]) -> None:
-        self._ranks.broadcast(("write", directory))
-        self._ranks.together(lambda: write_shards(directory, self._ranks.rank, shards))
+        with self._telling:
+            if self._over:
+                raise RuntimeError("the save has failed before its arrays were written")
+            self._ranks.broadcast(("write", directory))
+            self._ranks.together(lambda: write_shards(directory, self._ranks.rank, shards))
 
     def _follow(self, shards: list[Shard]) -> None:
         """The other ranks: write where rank 0 says, until it says how the save ended."""

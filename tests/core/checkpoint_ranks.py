@@ -3,8 +3,11 @@
 Saves DTensors in many placements, restores them in others, and fails on one rank on purpose.
 """
 
+import contextlib
 import os
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +36,31 @@ def placed(state: dict[str, torch.Tensor], mesh: DeviceMesh, shift: int = 0) -> 
     kinds = list(PLACEMENTS)
     chosen = {n: kinds[(kinds.index(n.split("_")[0]) + shift) % len(kinds)] for n in state}
     return {n: distribute_tensor(t, mesh, [PLACEMENTS[chosen[n]]]) for n, t in state.items()}
+
+
+@contextlib.contextmanager
+def texts_that_fail_while_arrays_are_written(rank: int) -> Iterator[None]:
+    """The arrays take a while on every rank; on rank 0 orbax fails meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        written = orbax.write_shards
+
+        def slowly(*args: object) -> None:
+            time.sleep(0.5)
+            written(*args)  # pyright: ignore[reportArgumentType]
+
+        patch.setattr(orbax, "write_shards", slowly)
+        if rank == 0:
+            from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals
+            from orbax.checkpoint.type_handlers import StringHandler
+
+            async def fail() -> None:
+                raise OSError("no texts today")
+
+            async def serialize(*_: object, **__: object) -> list[object]:
+                return [CommitFutureAwaitingContractedSignals(fail(), name="texts")]
+
+            patch.setattr(StringHandler, "serialize", serialize)
+        yield
 
 
 def main(directory: Path, rank: int, size: int, place: str) -> None:
@@ -74,6 +102,11 @@ def main(directory: Path, rank: int, size: int, place: str) -> None:
     with pytest.raises(CheckpointError, match="rank 1: no space left"):
         store.wait()
     orbax.write_shards = written
+    assert store.latest() == 1
+    with texts_that_fail_while_arrays_are_written(rank):
+        store.save(2, saved)
+        with pytest.raises(CheckpointError, match="no texts today"):
+            store.wait()
     assert store.latest() == 1
     store.save(2, saved)
     assert store.latest() == 2
