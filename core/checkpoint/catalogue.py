@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 # Orbax needs a jax backend for its bookkeeping only: it must not take the accelerator's memory.
@@ -18,6 +19,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import future, type_handlers
 
 from omnistep.core.checkpoint.shards import Shard
+from omnistep.core.checkpoint.stored import open_stored
 
 ITEM = "state"
 """The one item of every step; its directory holds the arrays."""
@@ -46,6 +48,22 @@ class ShardHandler(type_handlers.NumpyHandler):
             await asyncio.to_thread(self._write, str(infos[0].parent_dir), list(values))
 
         return [future.CommitFutureAwaitingContractedSignals(background(), name="shards")]
+
+
+def open_before_commit(handler: ocp.PyTreeCheckpointHandler) -> ocp.PyTreeCheckpointHandler:
+    """Has every leaf opened before the step is committed.
+
+    Orbax merges what the databases of the ranks hold; where the directory cannot be listed it finds
+    none, merges nothing, and commits. (Of a subclass, orbax would not know the arguments.)
+    """
+    merge = handler.finalize
+
+    def finalize(directory: Any) -> None:
+        merge(directory)
+        open_stored(Path(directory))
+
+    handler.finalize = finalize
+    return handler
 
 
 class Catalogue:
@@ -82,7 +100,7 @@ class Catalogue:
                 use_zarr3=True, use_ocdbt=True, type_handler_registry=registry
             )
             self._manager = ocp.CheckpointManager(
-                directory, item_handlers={ITEM: handler}, options=options
+                directory, item_handlers={ITEM: open_before_commit(handler)}, options=options
             )
 
     def save(self, step: int, tree: Mapping[str, Any], custom: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from checkpoint_killed import state_of
 from checkpoint_ranks import whole_state
+from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from torch import Tensor
@@ -277,6 +278,20 @@ def test_a_failed_save_leaves_nothing_and_can_be_repeated(
         store.save(4, {"w": torch.ones(3)})
         assert store.steps() == [2, 4]  # the failed step does not count among the kept
         assert sorted(path.name for path in folder(store).iterdir()) == ["2", "4"]
+
+
+def test_a_save_that_lost_its_arrays_is_not_committed(
+    store: OrbaxStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directory could not be listed when the ranks' databases were to be merged."""
+    with monkeypatch.context() as patch:
+        patch.setattr(type(epath.Path()), "glob", lambda *_: iter(()))
+        store.save(1, {"a": torch.arange(3)})
+        with pytest.raises(CheckpointError, match="'a' in the checkpoint"):
+            store.wait()
+    assert store.steps() == []
+    store.save(1, {"a": torch.arange(3)})
+    assert store.steps() == [1]
 
 
 def test_what_a_killed_save_left_is_ignored_then_deleted(store: OrbaxStore) -> None:
