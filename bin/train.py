@@ -121,6 +121,7 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
             make_place("train.checkpoint_dir", checkpoints)  # on all ranks: each one writes there
         store = open_store(
             checkpoints,
+            format=train.checkpoint_format,
             keep=train.keep_checkpoints or None,
             keep_every=train.keep_checkpoint_every or None,
         )

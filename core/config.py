@@ -232,6 +232,7 @@ class TrainArguments:
     keep_checkpoint_every: int = arg(
         0, "steps whose multiples' checkpoints are kept too; 0: none", NOT_NEGATIVE
     )
+    checkpoint_format: Literal["orbax", "dcp"] = arg("orbax", "file format of the checkpoints")
     save_hf_weights: bool = arg(True, "export Hugging Face safetensors at the end")
     eval_steps: int = arg(
         0, "steps between two evaluations; 0: before the first and after the last", NOT_NEGATIVE

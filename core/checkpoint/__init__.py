@@ -1,6 +1,5 @@
-"""Checkpoints: the CheckpointStore protocol, orbax behind it, safetensors in and out."""
+"""Checkpoints: the CheckpointStore protocol, orbax and torch behind it, safetensors in and out."""
 
-from omnistep.core.checkpoint.orbax import OrbaxStore
 from omnistep.core.checkpoint.protocol import CheckpointError, CheckpointStore, DamagedError, Saved
 from omnistep.core.checkpoint.store import open_store
 
@@ -8,7 +7,6 @@ __all__ = [
     "CheckpointError",
     "CheckpointStore",
     "DamagedError",
-    "OrbaxStore",
     "Saved",
     "open_store",
 ]

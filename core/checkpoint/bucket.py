@@ -18,6 +18,7 @@ import tensorstore as ts
 from omnistep.core.checkpoint.catalogue import ITEM, Catalogue
 from omnistep.core.checkpoint.place import BUCKETS, COMMITTED, DAMAGED, Bucket, committed, kvstore
 from omnistep.core.checkpoint.shards import Shard
+from omnistep.core.checkpoint.stored import open_stored
 
 
 class BucketCatalogue:
@@ -45,7 +46,11 @@ class BucketCatalogue:
         place.delete_all()  # of an earlier try of this step, or a damaged one
         with tempfile.TemporaryDirectory(prefix="omnistep-") as scratch:
             catalogue = Catalogue(
-                scratch, None, None, lambda _, shards: self._write(str(arrays), shards)
+                scratch,
+                None,
+                None,
+                lambda _, shards: self._write(str(arrays), shards),
+                check=lambda _: None,  # they are not there
             )
             try:
                 catalogue.save(step, tree, custom)
@@ -53,6 +58,7 @@ class BucketCatalogue:
                 catalogue.close()
             _upload(Path(scratch) / str(step), place)
         _merge(arrays)
+        open_stored(arrays)
         place.write(COMMITTED, f"committed: {place}\n".encode())
         for old in outdated(committed(self._directory), self._keep, self._keep_every):
             (self._directory / str(old)).delete_all()

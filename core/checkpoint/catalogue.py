@@ -50,8 +50,10 @@ class ShardHandler(type_handlers.NumpyHandler):
         return [future.CommitFutureAwaitingContractedSignals(background(), name="shards")]
 
 
-def open_before_commit(handler: ocp.PyTreeCheckpointHandler) -> ocp.PyTreeCheckpointHandler:
-    """Has every leaf opened before the step is committed.
+def check_before_commit(
+    handler: ocp.PyTreeCheckpointHandler, check: Callable[[Path], object]
+) -> ocp.PyTreeCheckpointHandler:
+    """Has the directory of a step's arrays checked before the step is committed.
 
     Orbax merges what the databases of the ranks hold; where the directory cannot be listed it finds
     none, merges nothing, and commits. (Of a subclass, orbax would not know the arguments.)
@@ -60,7 +62,7 @@ def open_before_commit(handler: ocp.PyTreeCheckpointHandler) -> ocp.PyTreeCheckp
 
     def finalize(directory: Any) -> None:
         merge(directory)
-        open_stored(Path(directory))
+        check(Path(directory))
 
     handler.finalize = finalize
     return handler
@@ -79,7 +81,9 @@ class Catalogue:
         keep: int | None,
         keep_every: int | None,
         write: Callable[[str, list[Shard]], None],
+        check: Callable[[Path], object] = open_stored,
     ):
+        """check: of the directory of a step's arrays, raises where one cannot be opened."""
         registry = type_handlers.create_type_handler_registry(
             (int, type_handlers.ScalarHandler()),
             (str, type_handlers.StringHandler()),
@@ -100,7 +104,9 @@ class Catalogue:
                 use_zarr3=True, use_ocdbt=True, type_handler_registry=registry
             )
             self._manager = ocp.CheckpointManager(
-                directory, item_handlers={ITEM: open_before_commit(handler)}, options=options
+                directory,
+                item_handlers={ITEM: check_before_commit(handler, check)},
+                options=options,
             )
 
     def save(self, step: int, tree: Mapping[str, Any], custom: Mapping[str, Any]) -> None:

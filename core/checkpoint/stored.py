@@ -1,13 +1,11 @@
-"""Reading one step: what it holds, whether that fits what is asked for, and the values.
+"""Reading one step in orbax's format: what it holds, and the values.
 
 Needs tensorstore and json only. Arrays are guarded by crc32c, texts by a crc32 in the metadata.
 """
 
-import difflib
 import json
 import zlib
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import tensorstore as ts
@@ -16,18 +14,12 @@ from attrs import frozen
 from torch import Tensor
 
 from omnistep.core.checkpoint.place import Place, read_file
-from omnistep.core.checkpoint.protocol import CheckpointError
 from omnistep.core.checkpoint.shards import (
-    as_dtensor,
     open_arrays,
     read_array,
     torch_dtype,
     unreadable,
 )
-
-LEAVES_IN_FLIGHT = 4
-"""How many leaves are read at once: bounds the memory beyond the restored state itself."""
-MISFITS_SHOWN = 8
 
 
 def checksums(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,24 +40,13 @@ def _names_checksum(kinds: Mapping[str, str]) -> int:
 
 
 @frozen(eq=False)
-class Stored:
+class OrbaxStep:
     """One step's leaves: arrays opened but not read, texts, and which of the arrays are ints."""
 
     directory: str
     arrays: Mapping[str, ts.TensorStore]
     texts: Mapping[str, str]
     ints: frozenset[str]
-
-    def describe(self, name: str) -> str:
-        """`float32[4, 8]`, `str`, `int`; or that there is no such leaf, and the nearest one."""
-        if name in self.texts:
-            return "str"
-        if name in self.ints:
-            return "int"
-        if name in self.arrays:
-            return f"{self.arrays[name].dtype.name}{list(self.arrays[name].shape)}"
-        near = difflib.get_close_matches(name, [*self.arrays, *self.texts], n=1)
-        return "nothing" + "".join(f" (the nearest name is {n}: {self.describe(n)})" for n in near)
 
     def leaves(self) -> dict[str, Any]:
         """By name: meta tensors, "" for texts, 0 for ints."""
@@ -76,39 +57,23 @@ class Stored:
         }
         return meta | dict.fromkeys(self.ints, 0) | dict.fromkeys(self.texts, "")
 
-    def read(self, wanted: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
-        """The values of the `wanted` names, each as its example asks; meta tensors on `device`.
+    def value(self, name: str) -> str | int:
+        if name in self.texts:
+            return self.texts[name]
+        return int(read_array(self.arrays[name], name, self.directory, None))
 
-        Raises CheckpointError naming all that is missing or differs before anything is read.
-        """
-        self._check(wanted)
-
-        def read(name: str, like: Any) -> Any:
-            if isinstance(like, str):
-                return self.texts[name]
-            if isinstance(like, Tensor):
-                return _place(
-                    read_array(self.arrays[name], name, self.directory, like), like, device
-                )
-            return int(read_array(self.arrays[name], name, self.directory, None))
-
-        with ThreadPoolExecutor(LEAVES_IN_FLIGHT) as pool:
-            return dict(zip(wanted, pool.map(read, wanted, wanted.values()), strict=True))
-
-    def _check(self, wanted: Mapping[str, Any]) -> None:
-        pairs = [(name, _asked(name, leaf), self.describe(name)) for name, leaf in wanted.items()]
-        misfits = [f"{name}: asked for {a}, stored is {s}" for name, a, s in pairs if a != s]
-        if misfits:
-            more = len(misfits) - MISFITS_SHOWN
-            shown = misfits[:MISFITS_SHOWN] + [f"… and {more} more"] * (more > 0)
-            raise CheckpointError(
-                f"the checkpoint {self.directory} does not hold what is to be restored:\n  "
-                + "\n  ".join(shown)
-            )
+    def part(self, name: str, like: Tensor) -> Tensor:
+        """This rank's part of a tensor, as laid out in `like`."""
+        return read_array(self.arrays[name], name, self.directory, like)
 
 
-def open_stored(place: Place) -> Stored:
-    """Opens the arrays' directory of a committed step. Raises CheckpointError where damaged."""
+def open_orbax(place: Place) -> OrbaxStep:
+    """Opens a committed step. Raises DamagedError, naming what cannot be read."""
+    return open_stored(place / "state")
+
+
+def open_stored(place: Place) -> OrbaxStep:
+    """Opens the directory of a step's arrays."""
     directory = str(place)
     metadata = _read_json(directory, "_METADATA")
     try:
@@ -125,7 +90,7 @@ def open_stored(place: Place) -> Stored:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise unreadable("_METADATA", directory, error) from error
     texts = [name for name, kind in kinds.items() if kind == "string"]
-    return Stored(
+    return OrbaxStep(
         directory,
         open_arrays(directory, [name for name in kinds if kinds[name] != "string"]),
         _read_texts(directory, texts, text_sums) if texts else {},
@@ -147,26 +112,3 @@ def _read_texts(directory: str, names: list[str], sums: Mapping[str, int]) -> di
         if not isinstance(text, str) or checksum not in (None, zlib.crc32(text.encode())):
             raise unreadable(name, directory, ValueError("its text is missing or altered"))
     return {name: held[name] for name in names}
-
-
-def _asked(name: str, leaf: Any) -> str:
-    if isinstance(leaf, Tensor):
-        return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
-    if isinstance(leaf, str | int) and not isinstance(leaf, bool):
-        return "str" if isinstance(leaf, str) else "int"
-    raise ValueError(
-        f"{name} is a {type(leaf).__name__}; a tensor, an int or a str can be restored"
-    )
-
-
-def _place(local: Tensor, like: Tensor, device: torch.device | str) -> Tensor:
-    if (whole := as_dtensor(like)) is None:
-        return local.to(device if like.device.type == "meta" else like.device)
-    return type(whole).from_local(
-        local.to(whole.device_mesh.device_type),
-        whole.device_mesh,
-        whole.placements,
-        run_check=False,
-        shape=whole.shape,
-        stride=whole.stride(),
-    )

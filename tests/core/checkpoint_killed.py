@@ -1,4 +1,4 @@
-"""Killed in the middle of a save. Usage: checkpoint_killed.py DIRECTORY FRACTION...
+"""Killed in the middle of a save. Usage: checkpoint_killed.py DIRECTORY FORMAT FRACTION...
 
 For each fraction a forked child saves steps 1 and 2 in DIRECTORY/<i> and is killed (SIGKILL)
 when that fraction of the time of a save has passed in its third. One process imports jax once.
@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import omnistep.core.checkpoint.catalogue  # noqa: F401  before the fork, while no backend exists
-from omnistep.core.checkpoint import open_store
+import omnistep.core.checkpoint.catalogue  # before the fork, while no backend exists
+import omnistep.core.checkpoint.dcp  # noqa: F401
+from omnistep.core.checkpoint.store import Format, open_store
 
 
 def state_of(step: int) -> dict[str, Tensor | str | int]:
@@ -23,8 +24,8 @@ def state_of(step: int) -> dict[str, Tensor | str | int]:
     return {"a": weights[0].clone(), "b": weights[1:].clone(), "position": f"{step}", "n": step}
 
 
-def child(directory: Path, ready: int) -> None:
-    store = open_store(directory)
+def child(directory: Path, format: Format, ready: int) -> None:
+    store = open_store(directory, format=format)
     states = [state_of(step) for step in range(4)]
     began = 0.0
     for step in (1, 2):
@@ -37,13 +38,13 @@ def child(directory: Path, ready: int) -> None:
     time.sleep(60)  # killed in here at the latest
 
 
-def main(directory: Path, fractions: list[float]) -> None:
+def main(directory: Path, format: Format, fractions: list[float]) -> None:
     warnings.filterwarnings("ignore", "os.fork")
     for index, fraction in enumerate(fractions):
         reads, writes = os.pipe()
         pid = os.fork()
         if pid == 0:
-            child(directory / str(index), writes)
+            child(directory / str(index), format, writes)
             os._exit(1)
         with os.fdopen(reads) as ready:
             duration = float(ready.readline())
@@ -54,4 +55,5 @@ def main(directory: Path, fractions: list[float]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [float(text) for text in sys.argv[2:]])
+    place, format, *texts = sys.argv[1:]
+    main(Path(place), format, [float(text) for text in texts])  # pyright: ignore

@@ -112,7 +112,7 @@ ADDED = {
     "data.shuffle_buffer",
     "train.checkpoint_dir",
     *("data.eval_path", "train.compute_dtype", "train.eval_steps", "train.keep_checkpoints"),
-    "train.keep_checkpoint_every",
+    *("train.keep_checkpoint_every", "train.checkpoint_format"),
     *(
         "train.max_skipped_steps",
         "train.data_parallel_replicate_size",

@@ -1,0 +1,84 @@
+"""Runs whose checkpoints have the format of torch.distributed.checkpoint."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from omnistep.bin import train
+from omnistep.core.checkpoint.store import held_format
+from tests.bin.runs import (
+    ENVIRONMENT,
+    call,
+    content,
+    losses,
+    process,
+    saved_steps,
+    settings,
+    succeeded,
+    wait_until,
+    words,
+)
+
+STEPS = 12
+DCP = {
+    "data_train_size": 10_000,
+    "train_max_steps": STEPS,
+    "train_save_steps": 3,
+    "train_checkpoint_format": "dcp",
+}
+RANKS = {1: {}, 2: {"train_data_parallel_mode": "fsdp2", "train_global_batch_size": 4}}
+KILLS = {1: ("3.tmp/*", "6"), 2: ("6.tmp/*",)}
+"""What lies there when a run is killed: files of a save under way, a committed step."""
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_killed_run_goes_on_bit_for_bit(ranks, files, tmp_path):
+    argv = [f"--nproc={ranks}"] if ranks > 1 else []
+
+    def command(output, **changes):
+        return [*words(settings(files, output, **DCP, **RANKS[ranks], **changes)), *argv]
+
+    succeeded(process("train", command(tmp_path / "whole")))
+    output = tmp_path / "run"
+    again = command(output, train_load_checkpoint_path="auto")
+    for pattern in KILLS[ranks]:
+        run = subprocess.Popen(
+            [sys.executable, "-m", "omnistep.bin.train", *again],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=ENVIRONMENT,
+            start_new_session=True,  # the ranks are its children: all are killed at once
+        )
+        wait_until(lambda pattern=pattern: any((output / "checkpoints").glob(pattern)))
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+    done = succeeded(process("train", again))
+    assert "resume  step " in done.out
+    assert losses(output) == losses(tmp_path / "whole")
+    assert held_format(output / "checkpoints") == "dcp"
+    places = [path / "checkpoints" / str(STEPS) for path in (output, tmp_path / "whole")]
+    ours, theirs = (content(place) for place in places)
+    for held in (ours, theirs):
+        # it names the directory, and each save by a random id
+        del held[".metadata"], held[".metadata.crc32"]
+    assert ours == theirs
+
+
+def test_a_run_starts_from_a_checkpoint_of_the_other_format(files, tmp_path):
+    """And does not go on with one format where the other was saved."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    succeeded(call(train.main, words(settings(files, first, **DCP | {"train_max_steps": 3}))))
+    more = {**DCP, "train_checkpoint_format": "orbax", "train_load_checkpoint_path": first}
+    result = succeeded(call(train.main, words(settings(files, second, **more))))
+    assert "resume  step 3" in result.out
+    assert saved_steps(second) == [6, 9, 12]
+    assert held_format(second / "checkpoints") == "orbax"
+    before = content(second)
+    changes = {**DCP, "train_load_checkpoint_path": "auto"}
+    result = call(train.main, words(settings(files, second, **changes)))
+    assert result.code == 1
+    assert "holds checkpoints of the format orbax; dcp cannot be saved beside them" in result.err
+    assert content(second) == before
