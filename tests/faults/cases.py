@@ -198,10 +198,8 @@ FAULTS: Mapping[str, Draw] = {
     "disk full on one rank": error_at_a_call(SPACE, (errno.ENOSPC,), one),
     "disk full on all ranks": error_at_a_call(SPACE, (errno.ENOSPC,), every),
     "disk full for one call": error_at_a_call(SPACE, (errno.ENOSPC,), one, lasting=0),
-    "directory read-only or forbidden": error_at_a_call(
-        CHANGES, (errno.EROFS, errno.EACCES), every
-    ),
-    "… on one rank": error_at_a_call(CHANGES, (errno.EROFS, errno.EACCES), one),
+    "directory read-only on one rank": error_at_a_call(CHANGES, READ_ONLY, one),
+    "directory read-only on all ranks": error_at_a_call(CHANGES, READ_ONLY, every),
     "I/O error of a write or fsync": error_at_a_call(STORES, (errno.EIO,), one, lasting=0.5),
     "I/O error of any read": error_at_a_call(FETCHES, (errno.EIO,), one, lasting=0.5),
     "I/O error of a restore": error_of_a_restore,

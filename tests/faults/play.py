@@ -28,6 +28,8 @@ class Outcome:
     problems: tuple[str, ...]
     how: str
     """Where the fault struck, and how the run ended."""
+    fell_back: bool
+    """The run set a damaged checkpoint aside and began at an older one."""
     seconds: float
 
 
@@ -58,11 +60,12 @@ def play(world: World, case: Case) -> Outcome:
         retry, more = go_on(world, case, output, truth)
         problems += more
         seconds += retry.seconds
+    fell_back = bool(set_aside(output))
     if problems:
         verdict = "failed"
     else:
         shutil.rmtree(output)
-    return Outcome(case, verdict, tuple(problems), where, seconds)
+    return Outcome(case, verdict, tuple(problems), where, fell_back, seconds)
 
 
 def said(job: Job) -> str:
@@ -124,7 +127,8 @@ def ending(case: Case, job: Job) -> list[str]:
     reason = os.strerror(strike.error).lower() if strike.error else "is damaged"
     if job.code != 1 or not said(job).startswith("error: ") or reason not in job.err.lower():
         return [f"the error does not tell `{reason}`; {text}"]
-    unnamed = [d for d in case.plan.damages if f"step {d.file.parts[1]}: '" not in job.err]
+    steps = [damage.file.parts[1] for damage in case.plan.damages]
+    unnamed = [n for n in steps if not re.search(rf"step {n}: (rank \d+: )?'[\w.]+' in", job.err)]
     return [f"does not name what is damaged: {text}"] if unnamed else []
 
 

@@ -47,7 +47,7 @@ struct control {
   _Atomic int64_t counted;
   _Atomic int64_t struck;
   _Atomic int64_t committed;
-  int64_t commits[64]; /* numbers to which something was renamed, with success */
+  int64_t commits[64]; /* numbers that became the name of what had none */
   char directory[PATH_MAX];
   char pattern[PATH_MAX]; /* fnmatch's, of a path relative to the directory */
   char place[PATH_MAX];   /* of the struck call */
@@ -265,12 +265,16 @@ int mkdirat(int dirfd, const char *path, mode_t mode) {
   STRIKE(MKDIR, dirfd, path, -1);
   return REAL(mkdirat)(dirfd, path, mode);
 }
+/* The name of the path where it is a number, else -1. */
+static int number_of(const char *path) {
+  const char *name = strrchr(path, '/') ? strrchr(path, '/') + 1 : path;
+  return name[0] && !name[strspn(name, "0123456789")] ? atoi(name) : -1;
+}
 int rename(const char *from, const char *to) {
   STRIKE(RENAME, AT_FDCWD, to, -1);
   int failed = REAL(rename)(from, to);
-  const char *name = strrchr(to, '/') ? strrchr(to, '/') + 1 : to;
-  if (!failed && control && name[0] && !name[strspn(name, "0123456789")])
-    control->commits[atomic_fetch_add(&control->committed, 1) % 64] = atoll(name);
+  if (!failed && control && number_of(to) >= 0 && number_of(from) < 0)
+    control->commits[atomic_fetch_add(&control->committed, 1) % 64] = number_of(to);
   return failed;
 }
 int renameat(int from_fd, const char *from, int to_fd, const char *to) {

@@ -111,7 +111,7 @@ class Seen:
     calls: tuple[Made, ...]
     """In order, if it was traced."""
     commits: tuple[int, ...]
-    """The numbers to which a directory was renamed, in order."""
+    """The numbers that became the name of a directory which had none, in order."""
     struck: str
     """`rename checkpoints/4`, `a moment`, or nothing."""
 

@@ -1,0 +1,82 @@
+"""A seeded few of the struck runs, every kind of fault among them: `python -m tests.faults` plays
+hundreds, and writes docs/faults.md."""
+
+import errno
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from omnistep.core.checkpoint.store import open_store
+from tests.faults.cases import FAULTS, make_case
+from tests.faults.play import describe, play
+from tests.faults.shim import Call, Strike
+from tests.faults.truth import STEPS, World, differences, unlike
+
+SEED = 5
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    world = World.make(tmp_path_factory.mktemp("faults") / "world")
+    yield world
+    world.close()
+
+
+@pytest.mark.parametrize("number", range(len(FAULTS)), ids=list(FAULTS))
+def test_every_fault_on_one_rank_or_two(number: int, world: World) -> None:
+    check(world, number, (1, 2))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["SIGKILL of one rank at a call", "disk full on one rank", "newest checkpoint truncated"],
+)
+def test_some_faults_on_four_ranks(fault: str, world: World) -> None:
+    check(world, list(FAULTS).index(fault), (4,))
+
+
+def check(world: World, number: int, ranks: tuple[int, ...]) -> None:
+    case = make_case(world, SEED, number, ranks)
+    outcome = play(world, case)
+    assert not outcome.problems, f"{describe(case)}\n{outcome.how}\n" + "\n".join(outcome.problems)
+
+
+def test_the_shim_sees_every_file_that_a_run_leaves(world: World, tmp_path: Path) -> None:
+    """What is written past it (mapped, by io_uring, by stdio) could not be struck."""
+    job = world.run(tmp_path / "run", 2, traced=True)
+    written = {made.place for made in job.seen.calls if made.call in (Call.WRITE, Call.RENAME)}
+    renamed = {place.replace(".orbax-checkpoint-tmp", "") for place in written}
+    files = [
+        path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.stat().st_size
+    ]
+    assert len(files) > 20
+    assert {str(path.relative_to(tmp_path / "run")) for path in files} <= renamed
+    assert {made.rank for made in job.seen.calls if made.call == Call.WRITE} == {0, 1}
+
+
+def test_a_strike_is_exact(world: World, tmp_path: Path) -> None:
+    """The disk is full from the second write of metrics.jsonl on, half of which is still made."""
+    full = frozenset({Call.WRITE})
+    strike = Strike(frozenset({0}), Call.WRITE, "metrics.jsonl", 2, errno.ENOSPC, full)
+    job = world.run(tmp_path / "run", 1, strike)
+    assert (job.code, job.seen.struck) == (1, "write metrics.jsonl")
+    assert "No space left on device" in job.err
+    first, second = (tmp_path / "run/metrics.jsonl").read_text().split("\n")
+    assert json.loads(first)["step"] == 1
+    assert second.startswith('{"step": 2')
+    assert len(second) > len(first) / 3
+
+
+def test_the_checks_see_what_is_wrong(world: World, tmp_path: Path) -> None:
+    """Another seed's run has other losses and another checkpoint; a damaged one is not restored."""
+    truth = world.truth(1)
+    world.run(tmp_path / "run", 1, train_seed=7)
+    found = differences(tmp_path / "run", truth)
+    assert "losses differ" in found[0]
+    assert f"checkpoint {STEPS} differs in" in found[1]
+    store = open_store(tmp_path / "run/checkpoints")
+    manifest = Path(tmp_path, "run/checkpoints", str(store.latest()), "state/manifest.ocdbt")
+    manifest.write_bytes(manifest.read_bytes()[:-1])
+    assert "cannot be restored" in unlike(tmp_path / "run", STEPS, truth)[0]
