@@ -3,12 +3,15 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from omnistep.bin.build import Model
-from omnistep.core.checkpoint.safetensors import write_weights
-from omnistep.core.param import Layout
-from omnistep.core.tree import Tree, tree_leaves
+from omnistep.core.checkpoint.pieces import LazyTensor
+from omnistep.core.checkpoint.ranks import Ranks
+from omnistep.core.checkpoint.weight_files import write_weights
 from omnistep.data.chat import Template
 from omnistep.data.tokenizer import Tokenizer
 from omnistep.models import hf
@@ -27,32 +30,51 @@ TOKENIZER_FILES = (
 def export(
     directory: Path,
     model: Model,
-    params: Tree,
-    tokenizer: Tokenizer,
-    layout: Layout,
-    template: Template | None = None,
+    weights: Mapping[str, LazyTensor],
+    tokenizer: Tokenizer | None,
+    template: Template | None,
+    ranks: Ranks,
 ) -> None:
     """Writes what `transformers.AutoModelForCausalLM.from_pretrained(directory)` reads, with the
-    chat template it was trained by. Files of an earlier export are replaced one by one, each by a
-    whole one. Collective: rank 0 writes what all ranks gather, tensor by tensor."""
-    weights = hf.export_weights(model.tree, params, layout)
-    if layout.mesh.rank > 0:
-        for tensor in weights.values():
-            tensor.read()
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    write_weights(directory, weights)
-    dtype = str(tree_leaves(params)[0].dtype).removeprefix("torch.")
+    tokenizer and the chat template it was trained by, if any. Files of an earlier export are
+    replaced one by one, each by a whole one. Collective: all ranks write weights, rank 0 the
+    rest. Raises CheckpointError on all of them where one fails."""
+    write_weights(directory, weights, ranks=ranks)
+    dtype = next(iter(weights.values())).dtype
+
+    def write_rest() -> None:
+        if ranks.rank == 0:
+            write_config(directory, model, dtype, tokenizer, template)
+            if tokenizer is not None:
+                copy_tokenizer(directory, tokenizer, template)
+
+    ranks.together(write_rest)
+
+
+def write_config(
+    directory: Path,
+    model: Model,
+    dtype: torch.dtype,
+    tokenizer: Tokenizer | None,
+    template: Template | None,
+) -> None:
+    """config.json as the model was given, with what it is now; generation_config.json where a turn
+    ends with a token of its own."""
     config = {k: v for k, v in model.raw.items() if k not in ("torch_dtype", "dtype")}
     config["architectures"] = [hf.ARCHITECTURES[config["model_type"]]]
-    config["dtype"] = dtype
-    if template is not None:  # a turn ends with a token of its own
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    if tokenizer is not None and template is not None:
         ends = sorted({tokenizer.eos_id, template.turn_end(tokenizer)})
         config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
         generation = {"eos_token_id": config["eos_token_id"]}
         _write(directory / "generation_config.json", json.dumps(generation, indent=2) + "\n")
-    config.setdefault("eos_token_id", tokenizer.eos_id)
+    if tokenizer is not None:
+        config.setdefault("eos_token_id", tokenizer.eos_id)
     _write(directory / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def copy_tokenizer(directory: Path, tokenizer: Tokenizer, template: Template | None) -> None:
+    """The tokenizer's files, with the template in the place of its own."""
     source = Path(tokenizer.path)
     for name in TOKENIZER_FILES:
         # tokenizer.path may be a file of any name

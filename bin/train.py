@@ -48,7 +48,7 @@ from omnistep.core.tree import Tree, tree_map
 from omnistep.data.errors import DataError
 from omnistep.data.loader import Loader
 from omnistep.models import decoder
-from omnistep.models.hf import ConfigJsonError
+from omnistep.models.hf import ConfigJsonError, export_weights
 from omnistep.parallel.mesh import Mesh
 
 EXPECTED = (
@@ -208,7 +208,8 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
         evaluate(position)
         if train.save_hf_weights:
             template = build.open_chat_template(args.data, tokenizer)
-            export(output / "hf", model, position.state.params, tokenizer, layout, template)
+            weights = export_weights(model.tree, position.state.params, layout)
+            export(output / "hf", model, weights, tokenizer, template, together)
     if first:
         finish(args, output, model, position, mesh, logger.say)
     return 0

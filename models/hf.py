@@ -3,7 +3,8 @@ weights in both directions. Sources: transformers/models/<model_type>/configurat
 defaults, modeling_*.py for the names."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,12 +12,11 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from omnistep.core.checkpoint.safetensors import LazyTensor
+from omnistep.core.checkpoint.pieces import Box, LazyTensor, Pieces
 from omnistep.core.param import Layout, Param, is_param
 from omnistep.core.tree import Tree, leaves_with_names, map_with_name
 from omnistep.models import decoder
-from omnistep.parallel.collectives import all_reduce
-from omnistep.parallel.layout import Place, extent, to_global
+from omnistep.parallel.layout import Place, extent, to_global, to_local
 from omnistep.parallel.mesh import Mesh
 
 Json = Mapping[str, Any]
@@ -272,39 +272,78 @@ def _read(source: Source, name: str, param: Param, shape: Shape, offset: Shape) 
     return block.narrow(joined, offset[joined], shape[joined])
 
 
-def export_weights(
-    params: Tree, values: Tree, layout: Layout | None = None
+Read = Callable[[str, int | None], Tensor]
+"""(one of our leaves, a layer of it or None where it has none) -> the values."""
+
+
+def lazy_weights(
+    params: Tree,
+    dtypes: Mapping[str, torch.dtype],
+    read: Read,
+    pieces: Callable[[str, int | None], Pieces] | None = None,
 ) -> dict[str, LazyTensor]:
-    """Every weight by its Hugging Face name, layer by layer.
-
-    On a mesh each is gathered as it is read: all ranks must read them in the same order.
-    """
-    declared, lazy = leaves_with_names(params, is_leaf=is_param), {}
-    places = {} if layout is None else leaves_with_names(layout.places)
-    for name, value in leaves_with_names(values).items():
-        param = declared[name]
-        stacked = name.startswith("layers.")
+    """Every weight by its Hugging Face name, to be read when its turn comes. With `pieces`, what
+    `read` gives is this rank's."""
+    lazy = {}
+    for name, param in leaves_with_names(params, is_leaf=is_param).items():
+        shape, stacked = hf_shape(param), name.startswith("layers.")
         for i, theirs in enumerate(hf_names(name, param)):
-
-            def read(value=value, index=i if stacked else None, name=name, param=param) -> Tensor:
-                if layout is None or layout.mesh.device_mesh is None:
-                    whole = value if index is None else value[index]
-                else:
-                    whole = _gathered(value.to_local(), places[name], layout.mesh, index)
-                return whole.reshape(hf_shape(param))
-
-            lazy[theirs] = LazyTensor(hf_shape(param), value.dtype, read)
+            layer = i if stacked else None
+            if pieces is None:
+                whole = partial(_reshaped, read, name, layer, shape)
+                lazy[theirs] = LazyTensor(shape, dtypes[name], whole)
+            else:
+                piece, at = partial(read, name, layer), pieces(name, layer)
+                lazy[theirs] = LazyTensor(shape, dtypes[name], piece, at)
     return lazy
 
 
-def _gathered(piece: Tensor, at: Place, mesh: Mesh, index: int | None) -> Tensor:
-    """One layer (or, with no index, all) of a parameter from the pieces of all ranks."""
-    shape, offset = extent(at, mesh)
-    one = slice(None) if index is None else slice(1, None)
-    whole = torch.zeros(at.shape[one], dtype=piece.dtype, device=piece.device)
-    here = index is None or offset[0] <= index < offset[0] + shape[0]
-    if here and at.reduce.index == 0:  # of the copies, the first
-        part = piece if index is None else piece[index - offset[0]]
-        spans = zip(offset[one], shape[one], strict=True)
-        whole[tuple(slice(o, o + n) for o, n in spans)] = part
-    return all_reduce(whole, mesh.world)
+def _reshaped(read: Read, name: str, layer: int | None, shape: Shape) -> Tensor:
+    return read(name, layer).reshape(shape)
+
+
+def export_weights(
+    params: Tree, values: Tree, layout: Layout | None = None
+) -> dict[str, LazyTensor]:
+    """Every weight by its Hugging Face name; on a mesh in the pieces that its ranks hold."""
+    local = {name: to_local(value) for name, value in leaves_with_names(values).items()}
+    dtypes = {name: value.dtype for name, value in local.items()}
+    if layout is None or layout.mesh.device_mesh is None:
+        return lazy_weights(
+            params, dtypes, lambda name, layer: local[name] if layer is None else local[name][layer]
+        )
+    mesh, places = layout.mesh, leaves_with_names(layout.places)
+    holders = {name: _holders(at, mesh) for name, at in places.items()}
+    by_layer = {
+        name: _by_layer(held) for name, held in holders.items() if name.startswith("layers.")
+    }
+
+    def read(name: str, layer: int | None) -> Tensor:
+        return local[name][() if layer is None else layer - extent(places[name], mesh)[1][0]]
+
+    def pieces(name: str, layer: int | None) -> Pieces:
+        shape, held = places[name].shape, holders[name]
+        if layer is not None:
+            shape, held = shape[1:], by_layer[name][layer]
+        return Pieces(shape, held, local[name].device)
+
+    return lazy_weights(params, dtypes, read, pieces)
+
+
+def _holders(at: Place, mesh: Mesh) -> dict[Box, tuple[int, ...]]:
+    """Each part of a parameter, and the ranks that hold it."""
+    held: dict[Box, list[int]] = {}
+    for rank in range(mesh.world.size):
+        shape, offset = extent(at, mesh, rank)
+        held.setdefault((offset, shape), []).append(rank)
+    return {box: tuple(ranks) for box, ranks in held.items()}
+
+
+def _by_layer(holders: Mapping[Box, tuple[int, ...]]) -> list[dict[Box, tuple[int, ...]]]:
+    """Of a stacked parameter, the same for each layer; those of one stage share a dict."""
+    stages: dict[range, dict[Box, tuple[int, ...]]] = {}
+    for (offset, shape), ranks in holders.items():
+        layers = range(offset[0], offset[0] + shape[0])
+        stages.setdefault(layers, {})[offset[1:], shape[1:]] = ranks
+    in_order = sorted(stages, key=lambda layers: layers.start)
+    return [stages[layers] for layers in in_order for _ in layers]

@@ -128,16 +128,17 @@ def divisors(number: int, most: int = 12) -> str:
     return ("..., " if len(found) > most else "") + ", ".join(map(str, found[-most:]))
 
 
-def extent(place: Place, mesh: Mesh) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(shape, offset) of this rank's piece at rest."""
+def extent(
+    place: Place, mesh: Mesh, rank: int | None = None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(shape, offset) of the piece at rest of a rank of the mesh; None is this one."""
     shape, offset = list(place.shape), [0] * len(place.shape)
     by_dim: dict[int, list[str]] = {}
     for axis, i in place.cuts().items():
         by_dim.setdefault(i, []).append(axis)
     for i, axes in by_dim.items():
-        group = mesh.group(*axes)
-        shape[i] //= group.size
-        offset[i] = shape[i] * group.index
+        shape[i] //= mesh.size(*axes)
+        offset[i] = shape[i] * mesh.index(*axes, rank=rank)
     return tuple(shape), tuple(offset)
 
 

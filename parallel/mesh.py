@@ -59,9 +59,15 @@ class Mesh:
         self.size(*axes)
         return self.groups.get(tuple(a for a in AXES if a in axes and self.size(a) > 1), Group())
 
-    def index(self, *axes: str) -> int:
-        """This rank's place along the axes together."""
-        return self.group(*axes).index
+    def index(self, *axes: str, rank: int | None = None) -> int:
+        """The place along the axes together of a rank of the mesh; None is this one."""
+        self.size(*axes)
+        index, inner = 0, math.prod(self.sizes.values())
+        for axis, size in self.sizes.items():
+            inner //= size
+            if axis in axes:
+                index = index * size + (self.rank if rank is None else rank) // inner % size
+        return index
 
     @property
     def world(self) -> Group:

@@ -1,18 +1,15 @@
-"""Hugging Face weight directories, read and written one tensor at a time.
+"""Hugging Face weight directories, read one tensor, or a part of one, at a time.
 
 Nothing here knows a model: a directory is a map from tensor names to tensors, in one
-`model.safetensors` or in shards listed by `model.safetensors.index.json`. Files are written
-here rather than by safetensors.torch, which wants every tensor of a file in memory at once.
+`model.safetensors` or in shards listed by `model.safetensors.index.json`.
 """
 
 import difflib
 import json
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from attrs import frozen
@@ -22,7 +19,6 @@ from torch import Tensor
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-UNFINISHED = ".unfinished-weights"
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -44,9 +40,6 @@ DTYPES: dict[str, torch.dtype] = {
 }
 """The format's dtype names (safetensors 0.8)."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-# --- reading ------------------------------------------------------------------------------------
 
 
 @frozen
@@ -190,177 +183,3 @@ def _no_weights(path: Path) -> str:
 def _nearest(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(names), n=1)
     return f"; the nearest name is {near[0]!r}" if near else ""
-
-
-# --- writing ------------------------------------------------------------------------------------
-
-
-@frozen(eq=False)
-class LazyTensor:
-    """A tensor to be made when its turn to be written comes; its size is known before."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-
-
-def write_weights(
-    directory: str | Path,
-    tensors: Mapping[str, Tensor | LazyTensor],
-    *,
-    max_shard_bytes: float = 5e9,
-    metadata: Mapping[str, str] | None = None,
-) -> list[Path]:
-    """Writes `model.safetensors`, or shards and their index where it would be larger than allowed.
-
-    At most one LazyTensor is in memory at a time. Shards are filled in the order of `tensors`;
-    a tensor larger than `max_shard_bytes` has a shard of its own. metadata: strings for the
-    files' headers, by default {"format": "pt"}, which transformers insists on.
-
-    Everything is written and synced aside before an older export in `directory` is replaced: a
-    failure leaves that one whole, a kill does too. Only a kill amid the final renames, where
-    both have equally many shards, leaves no index: an error when opened, never a mix of both.
-    """
-    sources = {
-        name: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) if isinstance(t, Tensor) else t
-        for name, t in tensors.items()
-    }
-    _check_sources(sources, max_shard_bytes)
-    shards = _plan(sources, max_shard_bytes)
-    names = [SINGLE]
-    if len(shards) > 1:
-        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in _counted(shards)]
-    header = dict(metadata if metadata is not None else {"format": "pt"})
-
-    directory = Path(directory)
-    aside = directory / UNFINISHED
-    directory.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(aside, ignore_errors=True)  # of a killed write
-    aside.mkdir()
-    try:
-        for name, shard in zip(names, shards, strict=True):
-            with (aside / name).open("wb") as file:
-                _write_file(file, shard, header)
-                _sync(file)
-        if len(shards) > 1:
-            with (aside / INDEX).open("wb") as file:
-                file.write(_index(dict(zip(names, shards, strict=True))))
-                _sync(file)
-        _replace(directory, aside, names)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return [directory / name for name in names]
-
-
-def _counted(shards: Sequence[Any]) -> range:
-    return range(1, len(shards) + 1)
-
-
-def _check_sources(sources: Mapping[str, LazyTensor], max_shard_bytes: float) -> None:
-    if not sources:
-        raise ValueError("there are no tensors to write")
-    if max_shard_bytes <= 0:
-        raise ValueError(f"max_shard_bytes is {max_shard_bytes}; it must be above 0")
-    for name, source in sources.items():
-        if source.dtype not in DTYPE_NAMES:
-            raise ValueError(f"{name}: {source.dtype} cannot be written as safetensors")
-        if name == "__metadata__":
-            raise ValueError("'__metadata__' cannot name a tensor: the format reserves it")
-
-
-def _size(source: LazyTensor) -> int:
-    return torch.Size(source.shape).numel() * source.dtype.itemsize
-
-
-def _plan(sources: Mapping[str, LazyTensor], limit: float) -> list[dict[str, LazyTensor]]:
-    shards: list[dict[str, LazyTensor]] = [{}]
-    filled = 0
-    for name, source in sources.items():
-        if shards[-1] and filled + _size(source) > limit:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = source
-        filled += _size(source)
-    return shards
-
-
-def _write_file(
-    file: BinaryIO, shard: Mapping[str, LazyTensor], metadata: Mapping[str, str]
-) -> None:
-    """8 bytes of header length, the JSON header padded to 8 bytes, the data without gaps.
-
-    Wide dtypes come first, so that every tensor is aligned to its element size.
-    """
-    ordered = dict(sorted(shard.items(), key=lambda item: -item[1].dtype.itemsize))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for name, source in ordered.items():
-        end = offset + _size(source)
-        header[name] = {
-            "dtype": DTYPE_NAMES[source.dtype],
-            "shape": list(source.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for name, source in ordered.items():
-        _write_tensor(file, name, source)
-
-
-def _write_tensor(file: BinaryIO, name: str, source: LazyTensor) -> None:
-    tensor = source.read().detach()
-    if tuple(tensor.shape) != tuple(source.shape) or tensor.dtype != source.dtype:
-        raise ValueError(
-            f"{name}: announced as {source.dtype} {list(source.shape)}, "
-            f"read as {tensor.dtype} {list(tensor.shape)}"
-        )
-    file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _index(shards: Mapping[str, Mapping[str, LazyTensor]]) -> bytes:
-    entries = {name: file for file, shard in shards.items() for name in shard}
-    total = sum(_size(source) for shard in shards.values() for source in shard.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(entries.items()))}
-    return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _replace(directory: Path, aside: Path, names: Sequence[str]) -> None:
-    """Moves the new files in, the index last; then deletes what only the older export had.
-
-    Where shards of both have the same names the older index and shards are moved out first.
-    """
-    new = [*names, INDEX] if len(names) > 1 else [*names]
-    older = [path for path in directory.iterdir() if _is_weights(path.name)]
-    outgoing = aside / "older"
-    outgoing.mkdir()
-    try:
-        if len(names) > 1 and any(path.name in names for path in older):
-            for path in sorted(older, key=lambda path: path.name != INDEX):
-                if path.name in new:
-                    path.replace(outgoing / path.name)
-        for name in new:
-            (aside / name).replace(directory / name)
-    except BaseException:
-        for path in sorted(outgoing.iterdir(), key=lambda path: path.name == INDEX):
-            path.replace(directory / path.name)
-        raise
-    # one file wins over an index, so an older one is in force until it is deleted
-    for path in sorted(older, key=lambda path: path.name != SINGLE):
-        if path.name not in new:
-            path.unlink()
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _is_weights(name: str) -> bool:
-    return name in (SINGLE, INDEX) or SHARD.fullmatch(name) is not None

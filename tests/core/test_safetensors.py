@@ -9,15 +9,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from omnistep.core.checkpoint import CheckpointError
+from omnistep.core.checkpoint.pieces import LazyTensor
 from omnistep.core.checkpoint.safetensors import (
     DTYPES,
     INDEX,
     SINGLE,
-    LazyTensor,
     open_weights,
     read_index,
-    write_weights,
 )
+from omnistep.core.checkpoint.weight_files import shard_bytes, write_weights
 
 
 def example(seed: int = 0) -> dict[str, Tensor]:
@@ -197,7 +198,7 @@ def test_a_failed_write_leaves_the_older_export_whole(tmp_path: Path, limit: flo
     (tmp_path / "config.json").write_text("{}")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     broken = example(2) | {"last": LazyTensor((2,), torch.float32, fails)}
-    with pytest.raises(RuntimeError, match="gone"):
+    with pytest.raises(CheckpointError, match="gone"):
         write_weights(tmp_path, broken, max_shard_bytes=limit)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -273,6 +274,14 @@ def test_an_end_amid_the_final_renames_never_leaves_a_loadable_mix(
 def test_what_cannot_be_written_is_refused(
     tmp_path: Path, tensors: dict[str, Tensor | LazyTensor], options: dict, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, CheckpointError), match=message):
         write_weights(tmp_path, tensors, **options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("total", "most"),
+    [(8, 1e9), (64e9, 1e9), (128e9, 2e9), (320e9, 5e9), (1400e9, 5e9)],
+)
+def test_how_large_a_file_may_be(total: float, most: float) -> None:
+    assert shard_bytes(int(total)) == most

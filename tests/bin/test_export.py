@@ -1,0 +1,93 @@
+"""The weights of a mesh, written by all its ranks at once."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from omnistep.core import param, rng
+from omnistep.core.checkpoint.safetensors import open_weights
+from omnistep.models import hf
+from tests.bin.export_ranks import LIMITS, MESHES, SMALL, make_model
+from tests.bin.runs import ENVIRONMENT, ROOT, content
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exports")
+    command = [sys.executable, "-m", "tests.bin.export_ranks", str(folder)]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), "4"],
+            env=ENVIRONMENT,
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(4)
+    ]
+    outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, -signal.SIGKILL, 0, 0], "\n".join(outputs)
+    return folder
+
+
+def one_rank(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    tree = make_model(SMALL).tree
+    params = param.initialize(tree, rng.key(0), dtype, torch.device("cpu"))
+    return {name: tensor.read() for name, tensor in hf.export_weights(tree, params).items()}
+
+
+def assert_holds(directory: Path, expected: dict[str, Tensor]) -> None:
+    weights = open_weights(directory)
+    assert weights.infos.keys() == expected.keys()
+    for name, tensor in expected.items():
+        read = weights.read(name)
+        assert read.dtype == tensor.dtype
+        assert torch.equal(read, tensor), name
+
+
+@pytest.mark.parametrize("files", LIMITS)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_mesh_writes_what_one_rank_does(mesh: str, files: str, exports: Path) -> None:
+    directory = exports / f"{mesh}, {files}"
+    assert_holds(directory, one_rank())
+    count = len(list(directory.glob("*.safetensors")))
+    assert count > 4 if files == "many" else 1 < count < 4
+    assert content(directory) == content(exports / f"ddp, {files}")  # the very same files
+
+
+def test_bfloat16(exports: Path) -> None:
+    assert_holds(exports / "bfloat16", one_rank(torch.bfloat16))
+
+
+def test_transformers_reads_what_many_ranks_wrote(exports: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    directory = exports / "fsdp x tp, many"
+    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    model, report = loaded
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    expected = one_rank()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("end", ["failing", "killed"])
+def test_a_rank_that_fails_or_is_killed_leaves_the_older_export(end: str, exports: Path) -> None:
+    assert_holds(exports / end, one_rank())
+    assert not [path for path in (exports / end).iterdir() if path.is_dir()]
+
+
+def test_a_rank_holds_little_beside_its_share(exports: Path) -> None:
+    for rank in range(4):
+        figures = json.loads((exports / f"memory{rank}.json").read_text())
+        # a tensor, a piece, and what the first messages cost; a share is a quarter of the model
+        assert figures["added"] < 0.05 * figures["model"], figures
+        assert figures["largest"] < 0.02 * figures["model"]
