@@ -3,7 +3,7 @@ weights in both directions. Sources: transformers/models/<model_type>/configurat
 defaults, modeling_*.py for the names."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -197,10 +197,19 @@ def hf_names(name: str, param: Param) -> list[str]:
     return [OUTER[name]]
 
 
+def hf_tensors(params: Tree) -> Iterator[tuple[str, str, Param, int | None]]:
+    """Every weight of a model: its Hugging Face name, our leaf, and which layer of it."""
+    for name, param in leaves_with_names(params, is_leaf=is_param).items():
+        for i, theirs in enumerate(hf_names(name, param)):
+            yield theirs, name, param, i if name.startswith("layers.") else None
+
+
 class Source(Protocol):
     """Tensors by their Hugging Face names, read in part."""
 
     def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
 
     def read(self, name: str, slices: Sequence[slice]) -> Tensor: ...
 
@@ -213,6 +222,9 @@ class InMemory:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
 
     def read(self, name: str, slices: Sequence[slice]) -> Tensor:
         return self.tensors[name].detach()[tuple(slices)]
@@ -239,11 +251,7 @@ def import_weights(
         if stacked:
             names = names[offset[0] : offset[0] + shape[0]]
         for i, theirs in enumerate(names):
-            if source.shape(theirs) != hf_shape(param):
-                raise ValueError(
-                    f"{theirs} has shape {source.shape(theirs)}; the configuration asks for "
-                    f"{hf_shape(param)}"
-                )
+            _check_shape(source, theirs, param)
             one = slice(1, None) if stacked else slice(None)
             part = piece[i] if stacked else piece
             part.copy_(_read(source, theirs, param, tuple(part.shape), offset[one]))
@@ -252,6 +260,28 @@ def import_weights(
     if layout is None:
         return map_with_name(load, params, is_leaf=is_param)
     return map_with_name(load, params, layout.places, is_leaf=is_param)
+
+
+def import_blocks(
+    name: str, param: Param, source: Source, dtype: torch.dtype
+) -> Iterator[tuple[Shape, Tensor]]:
+    """One of our leaves as `import_weights` makes it, in blocks of one layer: (offset, values).
+
+    Raises ValueError, naming the tensor, where a shape differs.
+    """
+    for i, theirs in enumerate(hf_names(name, param)):
+        _check_shape(source, theirs, param)
+        stacked = name.startswith("layers.")
+        shape, rest = param.shape[stacked:], (0,) * (len(param.shape) - stacked)
+        values = _read(source, theirs, param, shape, rest).to(dtype)
+        yield ((i, *rest), values[None]) if stacked else (rest, values)
+
+
+def _check_shape(source: Source, name: str, param: Param) -> None:
+    if source.shape(name) != hf_shape(param):
+        raise ValueError(
+            f"{name} has shape {source.shape(name)}; the configuration asks for {hf_shape(param)}"
+        )
 
 
 def _read(source: Source, name: str, param: Param, shape: Shape, offset: Shape) -> Tensor:
@@ -272,34 +302,22 @@ def _read(source: Source, name: str, param: Param, shape: Shape, offset: Shape) 
     return block.narrow(joined, offset[joined], shape[joined])
 
 
-Read = Callable[[str, int | None], Tensor]
-"""(one of our leaves, a layer of it or None where it has none) -> the values."""
-
-
-def lazy_weights(
-    params: Tree,
-    dtypes: Mapping[str, torch.dtype],
-    read: Read,
-    pieces: Callable[[str, int | None], Pieces] | None = None,
+def relayed_weights(
+    params: Tree, source: Source, dtype: torch.dtype | None = None
 ) -> dict[str, LazyTensor]:
-    """Every weight by its Hugging Face name, to be read when its turn comes. With `pieces`, what
-    `read` gives is this rank's."""
+    """The model's weights in `source`, to be read when their turn comes, in their own dtype or as
+    `dtype`. Raises ValueError, naming the tensor, where one is missing or a shape differs."""
+
+    def read(name: str, param: Param) -> Tensor:
+        cuts = [slice(0, n) for n in hf_shape(param)]
+        return source.read(name, cuts).to(dtype or source.dtype(name))
+
     lazy = {}
-    for name, param in leaves_with_names(params, is_leaf=is_param).items():
-        shape, stacked = hf_shape(param), name.startswith("layers.")
-        for i, theirs in enumerate(hf_names(name, param)):
-            layer = i if stacked else None
-            if pieces is None:
-                whole = partial(_reshaped, read, name, layer, shape)
-                lazy[theirs] = LazyTensor(shape, dtypes[name], whole)
-            else:
-                piece, at = partial(read, name, layer), pieces(name, layer)
-                lazy[theirs] = LazyTensor(shape, dtypes[name], piece, at)
+    for theirs, _, param, _ in hf_tensors(params):
+        _check_shape(source, theirs, param)
+        kept = dtype or source.dtype(theirs)
+        lazy[theirs] = LazyTensor(hf_shape(param), kept, partial(read, theirs, param))
     return lazy
-
-
-def _reshaped(read: Read, name: str, layer: int | None, shape: Shape) -> Tensor:
-    return read(name, layer).reshape(shape)
 
 
 def export_weights(
@@ -307,27 +325,28 @@ def export_weights(
 ) -> dict[str, LazyTensor]:
     """Every weight by its Hugging Face name; on a mesh in the pieces that its ranks hold."""
     local = {name: to_local(value) for name, value in leaves_with_names(values).items()}
-    dtypes = {name: value.dtype for name, value in local.items()}
+    lazy = {}
     if layout is None or layout.mesh.device_mesh is None:
-        return lazy_weights(
-            params, dtypes, lambda name, layer: local[name] if layer is None else local[name][layer]
-        )
+        for theirs, name, param, layer in hf_tensors(params):
+            shape, value = hf_shape(param), local[name]
+            lazy[theirs] = LazyTensor(shape, value.dtype, partial(_layer, value, layer, shape))
+        return lazy
     mesh, places = layout.mesh, leaves_with_names(layout.places)
     holders = {name: _holders(at, mesh) for name, at in places.items()}
-    by_layer = {
-        name: _by_layer(held) for name, held in holders.items() if name.startswith("layers.")
-    }
-
-    def read(name: str, layer: int | None) -> Tensor:
-        return local[name][() if layer is None else layer - extent(places[name], mesh)[1][0]]
-
-    def pieces(name: str, layer: int | None) -> Pieces:
-        shape, held = places[name].shape, holders[name]
+    by_layer = {n: _by_layer(held) for n, held in holders.items() if n.startswith("layers.")}
+    for theirs, name, param, layer in hf_tensors(params):
+        value, shape, held, here = local[name], places[name].shape, holders[name], None
         if layer is not None:
             shape, held = shape[1:], by_layer[name][layer]
-        return Pieces(shape, held, local[name].device)
+            here = layer - extent(places[name], mesh)[1][0]
+        read, pieces = partial(_layer, value, here), Pieces(shape, held, value.device)
+        lazy[theirs] = LazyTensor(hf_shape(param), value.dtype, read, pieces)
+    return lazy
 
-    return lazy_weights(params, dtypes, read, pieces)
+
+def _layer(value: Tensor, layer: int | None, shape: Shape | None = None) -> Tensor:
+    one = value if layer is None else value[layer]
+    return one if shape is None else one.reshape(shape)
 
 
 def _holders(at: Place, mesh: Mesh) -> dict[Box, tuple[int, ...]]:

@@ -6,11 +6,13 @@ Nothing here knows a model: a directory is a map from tensor names to tensors, i
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from attrs import frozen
 from safetensors import SafetensorError, safe_open
@@ -49,23 +51,27 @@ class TensorInfo:
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+    start: int
+    """Byte of the file where its data begin."""
 
 
+@frozen(eq=False)
 class Weights:
     """The tensors of one directory or file, by name; none is read until asked for."""
 
-    def __init__(self, path: Path, infos: Mapping[str, TensorInfo], files: Mapping[Path, Any]):
-        self.path = path
-        self.infos = infos
-        self._files = files
+    path: Path
+    infos: Mapping[str, TensorInfo]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Raises ValueError where there is no such tensor."""
         return self._info(name).shape
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self._info(name).dtype
+
     def _info(self, name: str) -> TensorInfo:
         if name not in self.infos:
-            raise ValueError(f"{self.path} holds no tensor {name!r}{_nearest(name, self.infos)}")
+            raise ValueError(f"{self.path} holds no tensor {name!r}{nearest(name, self.infos)}")
         return self.infos[name]
 
     def read(self, name: str, slices: Sequence[slice] | None = None) -> Tensor:
@@ -74,23 +80,21 @@ class Weights:
         Only the bytes needed are read; the result has its own memory, on the CPU.
         """
         info = self._info(name)
+        cuts = tuple(slice(None) for _ in info.shape) if slices is None else tuple(slices)
+        spans = [s.indices(n) for s, n in zip(cuts, info.shape, strict=True)]
+        if any(step != 1 for _, _, step in spans):
+            raise ValueError(f"{name}: {slices} has a step; only whole ranges can be read")
+        size = math.prod(info.shape) * info.dtype.itemsize
+        if size == 0:
+            return torch.empty(info.shape, dtype=info.dtype)[cuts]
         try:
-            if slices is None:
-                return self._files[info.file].get_tensor(name).clone()
-            spans = [s.indices(n) for s, n in zip(slices, info.shape, strict=True)]
-            if any(step != 1 for _, _, step in spans):
-                raise ValueError(f"{name}: {slices} has a step; only whole ranges can be read")
-            if not spans:
-                return self._files[info.file].get_tensor(name).clone()
-            shape = [max(0, stop - start) for start, stop, _ in spans]
-            if 0 in shape:
-                return torch.empty(shape, dtype=info.dtype)
-            part = self._files[info.file].get_slice(name)[
-                tuple(slice(start, stop) for start, stop, _ in spans)
-            ]
-            return part.clone(memory_format=torch.contiguous_format)
-        except SafetensorError as error:
+            # This tensor alone is mapped, and let go after the copy: a file that stays mapped
+            # counts as memory of the process, page by page as it is read.
+            data = np.memmap(info.file, np.uint8, "c", info.start, (size,))
+        except (OSError, ValueError) as error:
             raise ValueError(f"{info.file}: tensor {name!r} cannot be read: {error}") from error
+        whole = torch.from_numpy(data).view(info.dtype).view(info.shape)
+        return whole[cuts].clone(memory_format=torch.contiguous_format)
 
 
 def read_index(path: str | Path) -> dict[str, Path]:
@@ -118,22 +122,33 @@ def open_weights(path: str | Path) -> Weights:
     Raises FileNotFoundError or ValueError, naming the file and what is wrong with it.
     """
     index = read_index(path)
-    files = {file: _open(file) for file in sorted(set(index.values()))}
-    held = {file: set(opened.keys()) for file, opened in files.items()}
-    infos = {}
+    held = {file: _read_header(file) for file in sorted(set(index.values()))}
     for name, file in index.items():
         if name not in held[file]:
             raise ValueError(
                 f"the index of {path} says {name!r} is in {file.name}, which does not hold it: "
                 "index and files are of different exports; fetch or export them again"
             )
-        part = files[file].get_slice(name)
-        if part.get_dtype() not in DTYPES:
+    return Weights(Path(path), {name: held[file][name] for name, file in index.items()})
+
+
+def _read_header(file: Path) -> dict[str, TensorInfo]:
+    """What a file holds: 8 bytes of length, a JSON object of that length, the data."""
+    _open(file)  # safetensors itself checks the header, and that the data are as long as it says
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    infos = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
             raise ValueError(
-                f"{file}: {name!r} has dtype {part.get_dtype()}; readable are {sorted(DTYPES)}"
+                f"{file}: {name!r} has dtype {entry['dtype']}; readable are {sorted(DTYPES)}"
             )
-        infos[name] = TensorInfo(file, tuple(part.get_shape()), DTYPES[part.get_dtype()])
-    return Weights(Path(path), infos, files)
+        start = 8 + length + entry["data_offsets"][0]
+        infos[name] = TensorInfo(file, tuple(entry["shape"]), DTYPES[entry["dtype"]], start)
+    return infos
 
 
 def _open(file: Path) -> Any:
@@ -180,6 +195,7 @@ def _no_weights(path: Path) -> str:
     return f"{path} holds neither {SINGLE} nor {INDEX}{hint}"
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
+def nearest(name: str, names: Iterable[str]) -> str:
+    """For an error: the name that was probably meant, or nothing."""
     near = difflib.get_close_matches(name, list(names), n=1)
     return f"; the nearest name is {near[0]!r}" if near else ""

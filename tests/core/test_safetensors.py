@@ -128,6 +128,16 @@ def test_what_is_read_does_not_change_the_file(tmp_path: Path) -> None:
     assert_same_bits(loaded(tmp_path), tensors)
 
 
+def test_reading_maps_no_more_than_it_reads(tmp_path: Path) -> None:
+    """Pages of a mapped file count as memory of the process: those of a model would fill it."""
+    write_weights(tmp_path, {f"w{i}": torch.zeros(1 << 20) for i in range(16)})
+    weights = open_weights(tmp_path)
+    maps = Path("/proc/self/maps")
+    for name in weights.infos:
+        weights.read(name)
+        assert str(tmp_path) not in maps.read_text()
+
+
 def sharded(directory: Path) -> Path:
     write_weights(directory, {f"w{i}": torch.randn(100) for i in range(3)}, max_shard_bytes=400)
     return directory / "model-00002-of-00003.safetensors"
