@@ -328,14 +328,21 @@ def value_of(args: Arguments, name: str) -> Any:
 
 @frozen
 class Command:
-    """A program that is configured: which sections it reads, which of them must be complete."""
+    """A program that is configured: what it reads, which sections must be complete."""
 
     program: str
     about: str
     reads: tuple[str, ...]
+    """Sections, and single arguments of others."""
     needs: tuple[str, ...]
     spawns: bool = False
     """Whether --nproc starts it on many ranks."""
+    words: str = "[recipe.yaml]"
+    """What stands on the command line beside options."""
+
+    def takes(self, name: str) -> bool:
+        """Whether an argument may stand on the command line."""
+        return name in self.reads or name.split(".")[0] in self.reads
 
 
 TRAIN = Command(

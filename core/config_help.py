@@ -9,7 +9,7 @@ def help_text(command: Command) -> str:
     """Usage, then each section with its arguments: type, default, and a line of meaning."""
     nproc = " [--nproc N]" if command.spawns else ""
     lines = [
-        f"usage: {command.program} [recipe.yaml]{nproc} [--section.name value ...]",
+        f"usage: {command.program} {command.words}{nproc} [--section.name value ...]",
         "",
         command.about,
         "",
@@ -18,12 +18,13 @@ def help_text(command: Command) -> str:
         "the recipe over the defaults. On the command line MAPPING is JSON, NAMES is a or [a,b].",
         "Paths are relative to the current directory; omnistep:data/... is a file of the package.",
     ]
-    for section in command.reads:
-        about = (SECTIONS[section].__doc__ or "").splitlines()[0]
-        lines += ["", f"{section} - {about}", ""]
-        for name, argument in ARGUMENTS.items():
-            if name.startswith(f"{section}."):
-                lines += [_usage(argument, command), f"      {argument.info.help}"]
+    for section, kind in SECTIONS.items():
+        read = [a for name, a in ARGUMENTS.items() if name.startswith(f"{section}.")]
+        read = [argument for argument in read if command.takes(argument.name)]
+        if read:
+            lines += ["", f"{section} - {(kind.__doc__ or '').splitlines()[0]}", ""]
+        for argument in read:
+            lines += [_usage(argument, command), f"      {argument.info.help}"]
     return "\n".join(lines)
 
 

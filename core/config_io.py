@@ -186,9 +186,9 @@ def collect(argv: Sequence[str], command: Command = TRAIN) -> Given:
 
 def _from_command_line(name: str, text: str | None, command: Command) -> Any:
     argument = _known(name)
-    if name.split(".")[0] not in command.reads:
-        sections = " and ".join(f"{section}.*" for section in command.reads)
-        raise ValueError(f"{command.program} reads {sections} only")
+    if not command.takes(name):
+        reads = " and ".join(r if "." in r else f"{r}.*" for r in command.reads)
+        raise ValueError(f"{command.program} reads {reads} only")
     if text is None:
         raise ValueError(f"needs a value; write --{name}=VALUE where it begins with --")
     return from_text(text, argument)

@@ -356,7 +356,7 @@ def test_help_lists_every_argument_with_type_default_and_meaning(command: Comman
     assert max(map(len, lines)) <= 100
     for name, argument in ARGUMENTS.items():
         at = [i for i, line in enumerate(lines) if line.startswith(f"  --{name} ")]
-        assert len(at) == (name.split(".")[0] in command.reads), name
+        assert len(at) == command.takes(name), name
         if at:
             assert lines[at[0] + 1].strip() == argument.info.help
             needed = argument.info.required and name.split(".")[0] in command.needs
