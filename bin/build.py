@@ -51,7 +51,11 @@ class Model:
 
 
 def read_model(args: ModelArguments) -> Model:
-    raw = hf.read_config_json(args.config_path or "")
+    return make_model(hf.read_config_json(args.config_path or ""))
+
+
+def make_model(raw: Mapping[str, Any]) -> Model:
+    """The model that a config.json describes."""
     cfg = hf.decoder_config(raw)
     return Model(raw, cfg, decoder.params(cfg))
 

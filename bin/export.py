@@ -16,6 +16,7 @@ from omnistep.data.chat import Template
 from omnistep.data.tokenizer import Tokenizer
 from omnistep.models import hf
 
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -44,9 +45,11 @@ def export(
 
     def write_rest() -> None:
         if ranks.rank == 0:
-            write_config(directory, model, dtype, tokenizer, template)
+            written = write_config(directory, model, dtype, tokenizer, template)
             if tokenizer is not None:
-                copy_tokenizer(directory, tokenizer, template)
+                written |= copy_tokenizer(directory, tokenizer, template)
+            for name in {*TOKENIZER_FILES, GENERATION} - written:  # of another model
+                (directory / name).unlink(missing_ok=True)
 
     ranks.together(write_rest)
 
@@ -57,38 +60,43 @@ def write_config(
     dtype: torch.dtype,
     tokenizer: Tokenizer | None,
     template: Template | None,
-) -> None:
+) -> set[str]:
     """config.json as the model was given, with what it is now; generation_config.json where a turn
-    ends with a token of its own."""
-    config = {k: v for k, v in model.raw.items() if k not in ("torch_dtype", "dtype")}
+    ends with a token of its own. Returns the names of the files."""
+    config = {k: v for k, v in model.raw.items() if k != "torch_dtype"}  # dtype's older name
     config["architectures"] = [hf.ARCHITECTURES[config["model_type"]]]
     config["dtype"] = str(dtype).removeprefix("torch.")
     if tokenizer is not None and template is not None:
         ends = sorted({tokenizer.eos_id, template.turn_end(tokenizer)})
         config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
         generation = {"eos_token_id": config["eos_token_id"]}
-        _write(directory / "generation_config.json", json.dumps(generation, indent=2) + "\n")
+        _write(directory / GENERATION, json.dumps(generation, indent=2) + "\n")
     if tokenizer is not None:
         config.setdefault("eos_token_id", tokenizer.eos_id)
     _write(directory / "config.json", json.dumps(config, indent=2) + "\n")
+    return {"config.json"} if template is None else {"config.json", GENERATION}
 
 
-def copy_tokenizer(directory: Path, tokenizer: Tokenizer, template: Template | None) -> None:
-    """The tokenizer's files, with the template in the place of its own."""
-    source = Path(tokenizer.path)
+def copy_tokenizer(directory: Path, tokenizer: Tokenizer, template: Template | None) -> set[str]:
+    """The tokenizer's files, with the template in the place of its own. Returns their names."""
+    source, written = Path(tokenizer.path), set[str]()
     for name in TOKENIZER_FILES:
         # tokenizer.path may be a file of any name
         file = source if name == "tokenizer.json" else source.parent / name
-        if file.is_file() and not _same(file, directory / name):
-            shutil.copyfile(file, directory / name)
+        if file.is_file():
+            written.add(name)
+            if not _same(file, directory / name):
+                shutil.copyfile(file, directory / name)
     if template is not None and template.jinja != tokenizer.chat_template:
         _write(directory / "chat_template.jinja", template.jinja)
+        written.add("chat_template.jinja")
         place = directory / "tokenizer_config.json"
         if place.is_file():
             named = json.loads(place.read_text(encoding="utf-8")) | {
                 "chat_template": template.jinja
             }
             _write(place, json.dumps(named, indent=2, ensure_ascii=False) + "\n")
+    return written
 
 
 def _same(a: Path, b: Path) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import attrs
 import torch
 from attrs import frozen
+from torch import Tensor
 
 from omnistep.bin import build
 from omnistep.bin.build import Model, RunError
@@ -41,6 +42,16 @@ class Position:
         return {"state": self.state, **{name: json.dumps(text) for name, text in texts.items()}}
 
 
+def first(state: TrainState, model: Model) -> Position:
+    """Of a new run, which has seen no data yet."""
+    return Position(state, DataState(), {"tokens": 0.0, "skipped": 0.0}, model.raw)
+
+
+def first_key(args: Arguments) -> Tensor:
+    """The key of the state that a new run begins with."""
+    return rng.name_key(rng.key(args.train.seed), "step")
+
+
 def start(
     args: Arguments,
     model: Model,
@@ -62,9 +73,8 @@ def start(
             f"--train.load_checkpoint_path auto, or choose another {argument}"
         )
     if path is None or (path == "auto" and own is None):
-        key = rng.name_key(rng.key(args.train.seed), "step")
-        state = init_state(build.make_params(args, model, layout), optimizer, key)
-        return Position(state, DataState(), {"tokens": 0.0, "skipped": 0.0}, model.raw)
+        params = build.make_params(args, model, layout)
+        return first(init_state(params, optimizer, first_key(args)), model)
     weights = param.abstract(model.tree, build.param_dtype(args.train, model), layout)
     abstract = init_state(weights, optimizer, rng.key(0, "meta"))
 

@@ -36,13 +36,13 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
+from omnistep.core.checkpoint.dcp_weights import METADATA, METADATA_SUM
 from omnistep.core.checkpoint.place import committed
 from omnistep.core.checkpoint.ranks import Ranks
 from omnistep.core.checkpoint.saving import Leaves
 from omnistep.core.checkpoint.shards import (
     Shard,
     from_numpy,
-    local_extent,
     torch_dtype,
     unreadable,
 )
@@ -50,7 +50,6 @@ from omnistep.core.checkpoint.shards import (
 PIECE_BYTES = 16 << 20
 """A piece is read whole, since its checksum covers the whole: two of them are in memory for each
 leaf that is being read."""
-METADATA, METADATA_SUM = ".metadata", ".metadata.crc32"
 
 
 class DcpWriter:
@@ -204,11 +203,12 @@ class DcpStep:
     def value(self, name: str) -> str | int:
         return self._load(MetadataIndex(name))
 
-    def part(self, name: str, like: Tensor) -> Tensor:
-        """This rank's part, as laid out in `like`: put together from the pieces it overlaps."""
-        shape, offset = local_extent(like)
-        found, filled = torch.empty(shape, dtype=like.dtype), 0
-        for chunk in self.metadata.state_dict_metadata[name].chunks:  # pyright: ignore
+    def part(self, name: str, slices: Sequence[slice]) -> Tensor:
+        """Put together from the pieces it overlaps."""
+        entry: Any = self.metadata.state_dict_metadata[name]
+        offset, shape = [s.start for s in slices], [s.stop - s.start for s in slices]
+        found, filled = torch.empty(shape, dtype=entry.properties.dtype), 0
+        for chunk in entry.chunks:
             spans = [
                 (max(a, b), min(a + n, b + m))
                 for a, n, b, m in zip(offset, shape, chunk.offsets, chunk.sizes, strict=True)

@@ -1,7 +1,7 @@
 """The checkpoints of one directory: all that does not depend on how a step lies there."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from omnistep.core.checkpoint.place import Place, committed, is_committed, make,
 from omnistep.core.checkpoint.protocol import CheckpointError, Saved
 from omnistep.core.checkpoint.ranks import Ranks
 from omnistep.core.checkpoint.saving import Leaves, Saving, bytes_of, snapshots
-from omnistep.core.checkpoint.shards import HostCopies
+from omnistep.core.checkpoint.shards import HostCopies, local_extent, slices_at
 from omnistep.core.tree import Tree, leaves_with_names, map_with_name
 
 LEAVES_IN_FLIGHT = 4
@@ -44,8 +44,9 @@ class Stored(Protocol):
         """Raises DamagedError naming it."""
         ...
 
-    def part(self, name: str, like: Tensor) -> Tensor:
-        """This rank's part of a tensor, as laid out in `like`. Raises DamagedError naming it."""
+    def part(self, name: str, slices: Sequence[slice]) -> Tensor:
+        """What `slices` cut of a tensor: one per dimension, whole numbers, step 1; on the CPU.
+        Raises DamagedError naming it."""
         ...
 
 
@@ -116,6 +117,10 @@ class DirectoryStore:
         self._ranks.together(lambda: leaves.update(self._opened(place).leaves()))
         return leaves
 
+    def opened(self, step: int | None = None) -> Stored:
+        """A step (the latest by default), to be read part by part by this rank alone."""
+        return self._opened(self._place(step))
+
     def restore(
         self, abstract: Tree, step: int | None = None, *, device: torch.device | str = "cpu"
     ) -> Tree:
@@ -137,7 +142,8 @@ class DirectoryStore:
             def one(name: str, like: Any) -> Any:
                 if not isinstance(like, Tensor):
                     return stored.value(name)
-                return put(stored.part(name, like), like, device)
+                shape, offset = local_extent(like)
+                return put(stored.part(name, slices_at(offset, shape)), like, device)
 
             with ThreadPoolExecutor(LEAVES_IN_FLIGHT) as pool:
                 values.update(zip(wanted, pool.map(one, wanted, wanted.values()), strict=True))

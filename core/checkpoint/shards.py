@@ -317,7 +317,7 @@ def write_shards(directory: str, rank: int, shards: Iterable[Shard]) -> None:
     writes = []
     for shard, array in zip(mine, opened, strict=True):
         if shard.data is not None:
-            target = array.result()[_slices(shard.offset, shard.data.shape)]
+            target = array.result()[slices_at(shard.offset, shard.data.shape)]
             # the snapshot is never written to again: tensorstore need not copy it once more
             writes.append(target.write(shard.data, can_reference_source_data_indefinitely=True))
     for pending in [*opened, *writes]:
@@ -326,7 +326,7 @@ def write_shards(directory: str, rank: int, shards: Iterable[Shard]) -> None:
     for shard in streamed:
         array = ts.open(_write_spec(database, shard), create=True, context=context).result()
         for offset, block in shard.blocks() if shard.blocks else ():
-            target = array[_slices(offset, block.shape)]
+            target = array[slices_at(offset, block.shape)]
             target.write(to_numpy(block.detach().cpu().contiguous())).result()
 
 
@@ -352,16 +352,15 @@ def open_arrays(directory: str, names: Iterable[str]) -> dict[str, ts.TensorStor
     return opened
 
 
-def read_array(array: ts.TensorStore, name: str, directory: str, like: Tensor | None) -> Tensor:
-    """This rank's part of a stored array, as laid out in `like`; all of it when that is None."""
-    whole = (tuple(array.shape), (0,) * array.ndim)
-    shape, offset = whole if like is None else local_extent(like)
+def read_array(array: ts.TensorStore, name: str, directory: str, slices: Sequence[slice]) -> Tensor:
+    """The part of a stored array that `slices` cut: one per dimension, whole numbers, step 1."""
+    shape = [part.stop - part.start for part in slices]
     if 0 in shape:
         return torch.empty(shape, dtype=torch_dtype(array.dtype.name))
     try:
         # Into memory of torch's own, aligned to 64 bytes as in a run that was never interrupted. A
         # precaution: BLAS libraries may round by alignment. It was not seen to matter (torch 2.13).
-        return from_numpy(array[_slices(offset, shape)].read().result()).clone()
+        return from_numpy(array[tuple(slices)].read().result()).clone()
     except (ValueError, OSError, KeyError, RuntimeError) as error:
         raise unreadable(name, directory, error) from error
 
@@ -377,5 +376,6 @@ def unreadable(name: str, directory: str, error: Exception) -> CheckpointError:
     )
 
 
-def _slices(offset: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
+def slices_at(offset: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
+    """What cuts a block of `shape` at `offset`."""
     return tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
+from omnistep.core.checkpoint.dcp_weights import METADATA
 from omnistep.core.checkpoint.directory import DirectoryStore, Stored, Writer
 from omnistep.core.checkpoint.orbax import OrbaxWriter
 from omnistep.core.checkpoint.place import Bucket, Place, committed, open_place
@@ -60,7 +61,7 @@ def held_format(directory: Place) -> Format | None:
 def step_format(place: Path) -> Format | None:
     """By a step's files, of which some may be missing; None where it has those of no format."""
     names = {path.name for path in place.iterdir()}
-    if ".metadata" in names or any(name.endswith(".distcp") for name in names):
+    if METADATA in names or any(name.endswith(".distcp") for name in names):
         return "dcp"
     return "orbax" if {"state", "_CHECKPOINT_METADATA"} & names else None
 

@@ -5,7 +5,7 @@ Needs tensorstore and json only. Arrays are guarded by crc32c, texts by a crc32 
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorstore as ts
@@ -60,11 +60,11 @@ class OrbaxStep:
     def value(self, name: str) -> str | int:
         if name in self.texts:
             return self.texts[name]
-        return int(read_array(self.arrays[name], name, self.directory, None))
+        return int(read_array(self.arrays[name], name, self.directory, ()))
 
-    def part(self, name: str, like: Tensor) -> Tensor:
-        """This rank's part of a tensor, as laid out in `like`."""
-        return read_array(self.arrays[name], name, self.directory, like)
+    def part(self, name: str, slices: Sequence[slice]) -> Tensor:
+        """Only the chunks that it touches are read."""
+        return read_array(self.arrays[name], name, self.directory, slices)
 
 
 def open_orbax(place: Place) -> OrbaxStep:
