@@ -131,8 +131,15 @@ class World:
             self.directory / f"truths/{n}{ranks}" for n in ("all", "half", "fresh", "resumed")
         ]
         everything, half, fresh, resumed = places
-        every_step = {"train_save_steps": 1, "train_keep_checkpoints": 0}
-        succeeded(self.run(everything, ranks, train_keep_checkpoint_every=0, **every_step))
+        succeeded(
+            self.run(
+                everything,
+                ranks,
+                train_save_steps=1,
+                train_keep_checkpoints=0,
+                train_keep_checkpoint_every=0,
+            )
+        )
         contents = {step: read_checkpoint(everything, step) for step in saved_steps(everything)}
         assert list(contents) == list(range(1, STEPS + 1))
         shutil.copytree(everything, half)
