@@ -181,7 +181,8 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(**CONFIG | {"tie_word_embeddings": False})
+    untied: dict[str, Any] = CONFIG | {"tie_word_embeddings": False}
+    config = AutoConfig.for_model(**untied)
     place = tmp_path_factory.mktemp("foreign") / "config.json"
     config.save_pretrained(place.parent)
     return AutoModelForCausalLM.from_config(config).eval(), place
