@@ -24,9 +24,17 @@ from omnistep.core.checkpoint.stored import open_stored
 ITEM = "state"
 """The one item of every step; its directory holds the arrays."""
 
+THREADS = os.path.join("orbax", "checkpoint", "_src", "futures", "future.py")
+"""Where orbax runs its threads."""
+
 RETIRED = "retired"
 """Where a step is moved that need not be kept, before it is deleted: a kill in the middle of that
 leaves nothing that looks like a step."""
+
+
+# Orbax does not wait for all its threads when one has failed. What another meets it keeps, and logs
+# with a traceback, also when `_silent` is over: so these logs are dropped for good.
+logging.getLogger("absl").addFilter(lambda record: not record.pathname.endswith(THREADS))
 
 
 class ShardHandler(type_handlers.NumpyHandler):
