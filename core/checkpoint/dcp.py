@@ -12,12 +12,11 @@ import pickle
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from attrs import frozen
 from torch import Tensor
@@ -37,6 +36,7 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from omnistep.core.checkpoint.dcp_weights import METADATA, METADATA_SUM
+from omnistep.core.checkpoint.cut import pieces
 from omnistep.core.checkpoint.place import committed
 from omnistep.core.checkpoint.ranks import Ranks
 from omnistep.core.checkpoint.saving import Leaves
@@ -141,7 +141,7 @@ class _Planner(DefaultSavePlanner):
             elif leaf.blocks is not None:
                 raise ValueError(f"{name} is Streamed; the dcp format holds tensors, ints and str")
             elif leaf.data is not None:
-                for offset, piece in pieces(leaf.data, leaf.offset):
+                for offset, piece in pieces(leaf.data, leaf.offset, PIECE_BYTES):
                     # of a numpy slice torch makes a storage that ends with it: DCP writes storages
                     self._add(MetadataIndex(name, offset), from_numpy(piece), leaf.shape)
             elif first and 0 in leaf.shape:
@@ -164,21 +164,6 @@ class _Planner(DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         return self._values[index]
-
-
-def pieces(
-    whole: np.ndarray, offset: tuple[int, ...]
-) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-    """(offset, piece) pairs that share the memory of the contiguous `whole`, which lies at
-    `offset`: contiguous, of at most PIECE_BYTES (or one element) each."""
-    if whole.nbytes <= PIECE_BYTES or whole.size == 1:
-        yield offset, whole
-        return
-    dim = next(i for i, n in enumerate(whole.shape) if n > 1)
-    rows = max(1, PIECE_BYTES // (whole.nbytes // whole.shape[dim]))
-    for start in range(0, whole.shape[dim], rows):
-        part = whole[(slice(None),) * dim + (slice(start, start + rows),)]
-        yield from pieces(part, (*offset[:dim], offset[dim] + start, *offset[dim + 1 :]))
 
 
 # --- reading ------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ does its own. A crc32c per chunk finds flipped bits, which orbax's default codec
 import math
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -18,18 +18,19 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from omnistep.core.checkpoint.cut import pieces
 from omnistep.core.checkpoint.place import (
     BUCKETS,
     OutOfReachError,
     is_out_of_reach,
-    is_url,
     kvstore,
     reason,
 )
 from omnistep.core.checkpoint.protocol import CheckpointError, DamagedError
 
-OBJECT_BYTES = 200 << 20
-"""Of the objects in a bucket, about: a local file holds all that a rank writes of a step."""
+BATCH_BYTES = 64 << 20
+"""Of what is written in one transaction: all of that is in memory once more, encoded, until it is
+committed."""
 CHUNK_BYTES = 4 << 20
 """Small chunks make another mesh's sub-ranges cheap to read: 2.5 times faster than 32 MiB ones."""
 
@@ -268,9 +269,7 @@ def _write_spec(directory: str, shard: Shard) -> dict[str, Any]:
         "max_decoded_node_bytes": 100_000_000,
         "manifest_kind": "single",
     }
-    # an object is sent in one piece, from memory, and again as a whole where that fails
-    limit = {"target_data_file_size": OBJECT_BYTES} if is_url(directory) else {}
-    return _database(directory, shard.name, assume_config=True, config=config, **limit) | {
+    return _database(directory, shard.name, assume_config=True, config=config) | {
         "dtype": shard.dtype.name,
         "store_data_equal_to_fill_value": True,
         "metadata": {
@@ -300,34 +299,44 @@ def write_shards(directory: str, rank: int, shards: Iterable[Shard]) -> None:
     Its name differs from `ocdbt.process_0`, into which orbax writes the ints meanwhile.
     Every writer of a leaf writes its (small, equal) description; rank 0 that of empty leaves.
     """
-    database = f"{directory}/ocdbt.process_torch{rank}"
-    context, transaction = _context(), ts.Transaction(atomic=True)
+    database, context = f"{directory}/ocdbt.process_torch{rank}", _context()
     mine = [s for s in shards if s.data is not None or (rank == 0 and 0 in s.shape)]
     streamed = [s for s in shards if s.blocks is not None]
-    opened = [
-        ts.open(
-            _write_spec(database, shard),
-            create=True,
-            open=True,
-            context=context,
-            transaction=transaction,
-        )
-        for shard in mine
-    ]
-    writes = []
-    for shard, array in zip(mine, opened, strict=True):
-        if shard.data is not None:
-            target = array.result()[slices_at(shard.offset, shard.data.shape)]
-            # the snapshot is never written to again: tensorstore need not copy it once more
-            writes.append(target.write(shard.data, can_reference_source_data_indefinitely=True))
-    for pending in [*opened, *writes]:
-        pending.result()
-    transaction.commit_sync()
+    for batch in _batches(mine):
+        transaction, writes = ts.Transaction(atomic=True), []
+        for shard, offset, piece in batch:
+            spec = _write_spec(database, shard)
+            options = {"context": context, "transaction": transaction}
+            array = ts.open(spec, create=True, open=True, **options).result()
+            if piece is not None:
+                # the snapshot is not written to meanwhile: tensorstore need not copy it once more
+                target = array[slices_at(offset, piece.shape)]
+                writes.append(target.write(piece, can_reference_source_data_indefinitely=True))
+        for pending in writes:
+            pending.result()
+        transaction.commit_sync()
     for shard in streamed:
         array = ts.open(_write_spec(database, shard), create=True, context=context).result()
         for offset, block in shard.blocks() if shard.blocks else ():
             target = array[slices_at(offset, block.shape)]
             target.write(to_numpy(block.detach().cpu().contiguous())).result()
+
+
+def _batches(shards: Iterable[Shard]) -> Iterator[list[tuple[Shard, tuple[int, ...], Any]]]:
+    """(shard, offset, piece of its data) triples, of BATCH_BYTES or a little more together."""
+    batch, size = [], 0
+    for shard in shards:
+        cut = [(shard.offset, None)]
+        if shard.data is not None:
+            cut = pieces(shard.data, shard.offset, BATCH_BYTES, shard.chunk)
+        for offset, piece in cut:
+            batch.append((shard, offset, piece))
+            size += 0 if piece is None else piece.nbytes
+            if size >= BATCH_BYTES:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def open_arrays(directory: str, names: Iterable[str]) -> dict[str, ts.TensorStore]:
