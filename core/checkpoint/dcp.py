@@ -35,8 +35,8 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from omnistep.core.checkpoint.dcp_weights import METADATA, METADATA_SUM
 from omnistep.core.checkpoint.cut import pieces
+from omnistep.core.checkpoint.dcp_weights import METADATA, METADATA_SUM
 from omnistep.core.checkpoint.place import committed
 from omnistep.core.checkpoint.ranks import Ranks
 from omnistep.core.checkpoint.saving import Leaves

@@ -372,6 +372,16 @@ def test_two_ranks_save_and_restore_in_any_placement(tmp_path: Path) -> None:
             assert_same_bits(store.restore(abstract_of(expected), 1), expected)
 
 
+def test_memory_beside_state_and_copy_is_bounded(tmp_path: Path, format: Format) -> None:
+    process = run("checkpoint_memory.py", tmp_path, format)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    state, writing, reading = (int(text) for text in output.split())
+    assert state == 384
+    assert writing < 250  # whatever the size of the state, or of a leaf
+    assert reading < 350
+
+
 SCRIPT = """
 import sys
 from omnistep.core.checkpoint import open_store
