@@ -301,7 +301,7 @@ def finish(
         text = continuation(args.infer, model, params, tokenizer, args.infer.prompt)
         say(f"\n{args.infer.prompt}{text}\n")
     places = {
-        "checkpoints": output / "checkpoints",
+        "checkpoints": args.train.checkpoint_dir or output / "checkpoints",
         "metrics": output / METRICS_FILE,
         "loss curve": output / "loss.png",
         "recipe": output / "recipe.yaml",

@@ -44,6 +44,7 @@ def test_a_run_is_killed_and_goes_on_from_the_bucket(scheme, files, tmp_path, mo
 
         result = succeeded(call(train.main, [*words(chosen), AUTO]))
         assert f"resume  step {first}, from auto" in result.out
+        assert f"checkpoints  {url}\n" in result.out
         assert losses(output) == losses(undisturbed)
         assert committed(place) == [18, 21, 24]  # of which 3 are kept
         assert not (output / "checkpoints").exists()
