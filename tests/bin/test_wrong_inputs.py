@@ -257,7 +257,7 @@ def test_an_output_dir_that_cannot_be_written(files, tmp_path):
     ("path", "expected"),
     [
         ("nowhere", "train.load_checkpoint_path: there is no directory"),
-        ("empty", "holds no committed checkpoint"),
+        ("empty", "holds no complete checkpoint"),
         ("run/checkpoints/3", r"there is no directory|holds no step 3"),
     ],
 )
@@ -316,10 +316,10 @@ def test_a_truncated_checkpoint(checkpoints, files, tmp_path):
     """Every file of the newest step in turn, cut in half or gone."""
     output = tmp_path / "run"
     shutil.copytree(checkpoints, output)
-    argv = words(settings(files, output, train_load_checkpoint_path="auto"))
+    newest = output / "checkpoints/4/state"
+    argv = words(settings(files, tmp_path / "new", train_load_checkpoint_path=newest.parent))
     # what only another writer reads, or orbax for its own bookkeeping
     spared = ("_CHECKPOINT_METADATA", "commit_success.txt", "_sharding", "array_metadatas")
-    newest = output / "checkpoints/4/state"
     damaged = [
         path
         for path in sorted(newest.rglob("*"))
