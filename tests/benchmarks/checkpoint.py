@@ -303,7 +303,7 @@ def main() -> None:
     held = size * 1e3 / RANKS
     head = " | ".join(title for title, _ in COLUMNS.values())
     print(
-        f"{size:.2f} GB on {RANKS} ranks; seconds; MB of one rank beyond its {held:.0f} MB of state.\n"
+        f"{size:.2f} GB on {RANKS} ranks; seconds; MB of a rank beyond its {held:.0f} of state.\n"
     )
     print(f"| | {head} |\n|{' --- |' * (1 + len(COLUMNS))}")
     for name, rounds in found.items():
