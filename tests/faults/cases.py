@@ -12,7 +12,7 @@ from attrs import frozen
 from omnistep.bin.stop import WISHES
 from tests.bin.runs import saved_steps
 from tests.faults.jobs import Job
-from tests.faults.shim import NOTHING, Call, Made, Strike, Whom
+from tests.faults.shim import NOTHING, Call, Made, Strike, Whom, pattern_of
 from tests.faults.truth import Truth, World
 
 SPACE = frozenset({Call.CREATE, Call.WRITE, Call.MKDIR})
@@ -117,7 +117,8 @@ def signal_at_a_call(numbers: tuple[int, ...], whom: Whom, chosen: Ranks) -> Dra
 def signal_at_a_moment(numbers: tuple[int, ...], *whom: Whom) -> Draw:
     def draw_plan(draw: random.Random, ranks: int, truth: Truth) -> Plan:
         (resumed, run), struck = begin(draw, truth), one(draw, ranks)
-        seconds, number = draw.uniform(0.05, 0.8 * run.seconds), draw.choice(numbers)
+        seconds = draw.uniform(0, max(made.seconds for made in run.seen.calls))
+        number = draw.choice(numbers)
         return Plan(resumed, Strike(struck, signal=number, whom=draw.choice(whom), seconds=seconds))
 
     return draw_plan
@@ -159,11 +160,19 @@ def error_of_a_restore(draw: random.Random, ranks: int, truth: Truth) -> Plan:
     return Plan(True, fail(draw, strike, FETCHES, (errno.EIO,), 0.5))
 
 
-def damage(draw: random.Random, half: Path, step: int, how: str) -> Damage:
-    directory = half / f"checkpoints/{step}"
+def damage(draw: random.Random, truth: Truth, step: int, how: str, needed: float = 0.7) -> Damage:
+    """Of any file of a step; `needed`: how often of one that a restore on this mesh opens."""
+    directory = truth.half / f"checkpoints/{step}"
     files = sorted(p for p in directory.rglob("*") if p.is_file() and p.stat().st_size)
-    chosen = draw.choice(files).relative_to(half)
-    return Damage(chosen, how, draw.random(), draw.randrange(8))
+    places = [str(path.relative_to(truth.half)) for path in files]
+    if draw.random() < needed:
+        newest = saved_steps(truth.half)[-1]
+        calls = [made for made in truth.resumed.seen.calls if made.call == Call.OPEN]
+        opened = {
+            m.pattern.replace(f"checkpoints/{newest}/", f"checkpoints/{step}/") for m in calls
+        }
+        places = [place for place in places if pattern_of(place) in opened]
+    return Damage(Path(draw.choice(places)), how, draw.random(), draw.randrange(8))
 
 
 HOWS = ("truncated", "missing", "flipped")
@@ -171,19 +180,19 @@ HOWS = ("truncated", "missing", "flipped")
 
 def damage_newest(how: str) -> Draw:
     def draw_plan(draw: random.Random, ranks: int, truth: Truth) -> Plan:
-        return Plan(True, damages=(damage(draw, truth.half, saved_steps(truth.half)[-1], how),))
+        return Plan(True, damages=(damage(draw, truth, saved_steps(truth.half)[-1], how),))
 
     return draw_plan
 
 
 def damage_all(draw: random.Random, ranks: int, truth: Truth) -> Plan:
     steps = saved_steps(truth.half)
-    return Plan(True, damages=tuple(damage(draw, truth.half, s, draw.choice(HOWS)) for s in steps))
+    return Plan(True, damages=tuple(damage(draw, truth, s, draw.choice(HOWS), 1.0) for s in steps))
 
 
 def damage_older(draw: random.Random, ranks: int, truth: Truth) -> Plan:
     older = draw.choice(saved_steps(truth.half)[:-1])
-    return Plan(True, damages=(damage(draw, truth.half, older, draw.choice(HOWS)),))
+    return Plan(True, damages=(damage(draw, truth, older, draw.choice(HOWS)),))
 
 
 FAULTS: Mapping[str, Draw] = {

@@ -122,8 +122,10 @@ def ending(case: Case, job: Job) -> list[str]:
         if job.code == RESUME_ME:
             told = ASKED.decode() in job.err or case.ranks > 1
             return [] if told and "stopped and saved at step" in job.out else [text]
-        early = job.code in (-strike.signal, 128 + strike.signal)
-        return [] if early and "step 1" not in job.out else [f"after a wish to end: {text}"]
+        # before the first step, or after the last line, nobody listens and nothing is to be saved
+        idle = "\nstep " not in job.out or "loss curve  " in job.out
+        unheard = idle and job.code in (-strike.signal, 128 + strike.signal)
+        return [] if unheard else [f"after a wish to end: {text}; said: {job.out}"]
     reason = os.strerror(strike.error).lower() if strike.error else "is damaged"
     if job.code != 1 or not said(job).startswith("error: ") or reason not in job.err.lower():
         return [f"the error does not tell `{reason}`; {text}"]

@@ -55,7 +55,7 @@ struct control {
 };
 
 static struct control *control;
-static int64_t rank, launcher;
+static int64_t rank, launcher, began;
 static int trace = -1;
 
 #define REAL(name) ((__typeof__(&name))real(#name))
@@ -64,6 +64,12 @@ static void *real(const char *name) {
   void *found = dlsym(RTLD_NEXT, name);
   if (!found) abort();
   return found;
+}
+
+static int64_t microseconds(void) {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return now.tv_sec * (int64_t)1000000 + now.tv_nsec / 1000;
 }
 
 /* The absolute path of `path` seen from `dirfd`, or of the file `dirfd` itself where it is NULL. */
@@ -103,7 +109,8 @@ static int strike(int kind, int dirfd, const char *path) {
   if (strncmp(place, control->directory, length) || (place[length] && place[length] != '/'))
     return 0;
   char *below = place + length + (place[length] == '/');
-  if (trace >= 0) dprintf(trace, "%ld %d %s\n", (long)rank, kind, below);
+  if (trace >= 0)
+    dprintf(trace, "%ld %d %ld %s\n", (long)rank, kind, (long)(microseconds() - began), below);
   if (!(control->ranks >> rank & 1)) return 0;
   int lasts = control->lasting >> kind & 1;
   if (atomic_load(&control->struck)) return lasts ? (int)control->error : 0;
@@ -143,7 +150,7 @@ int faults_arm(const char *path, int self, int parent) {
   if (file < 0 || shared == MAP_FAILED || self >= 64) return -1;
   struct control *wanted = shared;
   if (wanted->trace[0]) trace = REAL(open)(wanted->trace, O_WRONLY | O_APPEND | O_CREAT, 0644);
-  rank = self, launcher = parent, control = wanted;
+  rank = self, launcher = parent, began = microseconds(), control = wanted;
   pthread_t thread;
   if (control->microseconds && control->ranks >> rank & 1)
     return pthread_create(&thread, NULL, timed, NULL);

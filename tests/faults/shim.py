@@ -50,13 +50,19 @@ class Made:
 
     rank: int
     call: Call
+    seconds: float
+    """After the rank was armed."""
     place: str
     """Of its file, below the directory; of a rename the new one."""
 
     @property
     def pattern(self) -> str:
-        """The place, whatever names tensorstore draws for its files."""
-        return re.sub(r"[0-9a-f]{32}", "?" * 32, self.place)
+        return pattern_of(self.place)
+
+
+def pattern_of(place: str) -> str:
+    """The place, whatever names tensorstore draws for its files."""
+    return re.sub(r"[0-9a-f]{32}", "?" * 32, place)
 
 
 @frozen
@@ -136,13 +142,13 @@ def make_control(path: Path, directory: Path, strike: Strike, trace: Path | None
 
 def read_control(path: Path, trace: Path | None) -> Seen:
     control = _Control.from_buffer_copy(path.read_bytes())
-    place = control.place.decode().removeprefix(control.directory.decode() + "/")
+    struck = control.place.decode().removeprefix(control.directory.decode() + "/")
     kinds = [call.name.lower() for call in Call]
-    how = f"{kinds[control.struck - 1]} {place}" if control.struck <= len(Call) else place
+    how = f"{kinds[control.struck - 1]} {struck}" if control.struck <= len(Call) else struck
     lines = [] if trace is None else trace.read_text().splitlines()
-    calls = (line.split(" ", 2) for line in lines)
+    calls = (line.split(" ", 3) for line in lines)
     return Seen(
-        tuple(Made(int(rank), Call(int(call)), where) for rank, call, where in calls),
+        tuple(Made(int(r), Call(int(call)), int(us) / 1e6, place) for r, call, us, place in calls),
         tuple(control.commits[: control.committed]),
         how if control.struck else "",
     )

@@ -32,11 +32,12 @@ to restore. One fault befalls it, at a place drawn from the seed.
 texts of the last checkpoint (weights, moments, step, keys, data position, meters, the model's
 config) are those of a run on the same mesh that nobody disturbed.
 
-**Ended**: killed by the fault; or asked to stop, having saved; or with one `error:` that names the
-cause. Never with a traceback, never by hanging. At that moment every checkpoint that had been
-committed and was to be kept is there, and each one there restores to the bits of the undisturbed
-run's. The retry (`--train.load_checkpoint_path auto`, no fault) begins at the newest of them, finds
-none that is not sound, and leaves no remains of the save that was cut off.
+**Ended**: killed by the fault; or asked to stop, having saved (after the last line the signal alone
+ends it); or with one `error:` that names the cause. Never with a traceback, never by hanging. At
+that moment every checkpoint that had been committed and was to be kept is there, and each one there
+restores to the bits of the undisturbed run's. The retry (`--train.load_checkpoint_path auto`, no
+fault) begins at the newest of them, finds none that is not sound, and leaves no remains of the save
+that was cut off.
 
 **Fell back**: the newest checkpoint could not be read. The run said so, naming step and array, set
 it aside as `<step>.damaged` and went on from an older one. Damage to a file that no restore reads
@@ -52,7 +53,8 @@ opens, reads, writes, syncs, renames, makes or deletes something below the run's
 calls of an undisturbed run are listed, one is drawn, and there the call fails, or a signal comes
 before it; of a struck write the first half is made, as a full disk or a kill may leave it. "Full"
 and "read-only" last for the rest of the run. "At a moment" is by the clock, from the start of
-`main`. Of {{drawn}} runs {{missed}} had ended before their fault came; they are not counted.
+`main` to the last call. {{drawn}} runs were drawn; {{missed}} had ended before their fault came and
+are not counted.
 
 Not covered: the loss of power or of a host, after which a disk may have lost what was not synced;
 network file systems that reorder; buckets; faults of memory. An error of reading counts as damage
