@@ -99,7 +99,7 @@ def job(request: dict[str, Any]) -> int:
 
 def end(code: int) -> NoReturn:
     """As the interpreter does, but that it does not take itself down, which takes a second."""
-    threading._shutdown()
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
