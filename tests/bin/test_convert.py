@@ -435,8 +435,9 @@ def test_memory_does_not_grow_with_the_model(
     ours, theirs = open_weights(tmp_path / "deep-hf"), open_weights(deep)
     assert all(torch.equal(ours.read(name), theirs.read(name)) for name in theirs.infos)
     for way in ("there", "back", "dcp"):
-        # 10 to 16 % were measured: what the allocator keeps, and the pages of mapped files
-        assert peaks[way, "deep"] - peaks[way, "small"] < 0.25 * size, (way, peaks)
+        # 10 to 16 % were measured: what the allocator keeps, and the pages of mapped files. A model
+        # that is whole in memory would add all of it
+        assert peaks[way, "deep"] - peaks[way, "small"] < 0.4 * size, (way, peaks)
 
 
 def written(directory: Path) -> int:
