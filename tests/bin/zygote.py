@@ -8,6 +8,8 @@ import os
 import sys
 from typing import Any
 
+import torch
+
 from omnistep.bin import sample, train
 
 MAINS = {"train": train.main, "sample": sample.main}
@@ -31,6 +33,8 @@ def child(request: dict[str, Any]) -> int:
         (2, "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
     ):
         os.dup2(os.open(request[name], flags, 0o644), number)
+    # it makes its pool of threads anew at the first use, which threads must not race for
+    torch.set_num_threads(1)
     sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)  # the parent's has read ahead
     return MAINS[request["program"]](request["argv"])
 

@@ -144,6 +144,8 @@ def fork_rank(folder: Path, world: int, rank: int) -> int:
         return pid
     code = 1
     try:
+        # a forked process makes torch's pool anew at the first use, which threads must not race for
+        torch.set_num_threads(1)
         run_rank(folder, world, rank)
         code = 0
     except BaseException:
