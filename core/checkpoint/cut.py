@@ -1,8 +1,11 @@
 """Large arrays cut into pieces that are written, or read, one after another."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 def pieces(
@@ -25,3 +28,16 @@ def pieces(
         part = whole[(slice(None),) * dim + (slice(start, start + rows),)]
         begin = (*offset[:dim], offset[dim] + start, *offset[dim + 1 :])
         yield from pieces(part, begin, limit, grid)
+
+
+def batches(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """The items in lists of `limit` bytes, or a little more, together."""
+    batch, held = [], 0
+    for item in items:
+        batch.append(item)
+        held += size(item)
+        if held >= limit:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch

@@ -18,7 +18,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from omnistep.core.checkpoint.cut import pieces
+from omnistep.core.checkpoint.cut import batches, pieces
 from omnistep.core.checkpoint.place import (
     BUCKETS,
     OutOfReachError,
@@ -304,7 +304,7 @@ def write_shards(directory: str, rank: int, shards: Iterable[Shard]) -> None:
     database, context = f"{directory}/ocdbt.process_torch{rank}", _context()
     mine = [s for s in shards if s.data is not None or (rank == 0 and 0 in s.shape)]
     streamed = [s for s in shards if s.blocks is not None]
-    for batch in _batches(mine):
+    for batch in batches(_cut(mine), lambda part: getattr(part[2], "nbytes", 0), BATCH_BYTES):
         transaction, writes = ts.Transaction(atomic=True), []
         for shard, offset, piece in batch:
             spec = _write_spec(database, shard)
@@ -319,26 +319,25 @@ def write_shards(directory: str, rank: int, shards: Iterable[Shard]) -> None:
         transaction.commit_sync()
     for shard in streamed:
         array = ts.open(_write_spec(database, shard), create=True, context=context).result()
+        transaction, held = ts.Transaction(atomic=True), 0
         for offset, block in shard.blocks() if shard.blocks else ():
-            target = array[slices_at(offset, block.shape)]
+            target = array.with_transaction(transaction)[slices_at(offset, block.shape)]
             target.write(to_numpy(block.detach().cpu().contiguous())).result()
+            # committed one by one, each would rewrite the index, and chunks it shares with others
+            if (held := held + block.nbytes) >= BATCH_BYTES // 4:
+                transaction.commit_sync()
+                transaction, held = ts.Transaction(atomic=True), 0
+        transaction.commit_sync()
 
 
-def _batches(shards: Iterable[Shard]) -> Iterator[list[tuple[Shard, tuple[int, ...], Any]]]:
-    """(shard, offset, piece of its data) triples, of BATCH_BYTES or a little more together."""
-    batch, size = [], 0
+def _cut(shards: Iterable[Shard]) -> Iterator[tuple[Shard, tuple[int, ...], Any]]:
+    """(shard, offset, piece of its data) triples of at most BATCH_BYTES."""
     for shard in shards:
-        cut = [(shard.offset, None)]
-        if shard.data is not None:
-            cut = pieces(shard.data, shard.offset, BATCH_BYTES, shard.chunk)
-        for offset, piece in cut:
-            batch.append((shard, offset, piece))
-            size += 0 if piece is None else piece.nbytes
-            if size >= BATCH_BYTES:
-                yield batch
-                batch, size = [], 0
-    if batch:
-        yield batch
+        if shard.data is None:
+            yield shard, shard.offset, None
+            continue
+        for offset, piece in pieces(shard.data, shard.offset, BATCH_BYTES, shard.chunk):
+            yield shard, offset, piece
 
 
 def open_arrays(directory: str, names: Iterable[str]) -> dict[str, ts.TensorStore]:

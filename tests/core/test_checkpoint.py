@@ -172,6 +172,21 @@ def test_a_leaf_is_written_block_by_block(store: CheckpointStore) -> None:
     assert store.last_saved.size == whole.nbytes + 16
 
 
+def test_blocks_that_share_a_chunk_are_not_stored_twice(
+    tmp_path: Path, store: CheckpointStore
+) -> None:
+    rows = 256  # of 64 kB: as many as lie in four chunks
+    leaf = Streamed(
+        (rows, 1 << 14),
+        torch.float32,
+        lambda: (((i, 0), torch.full((1, 1 << 14), float(i))) for i in range(rows)),
+    )
+    store.save(1, {"w": leaf})
+    store.wait()
+    written = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert written < 1.05 * rows * (1 << 16)
+
+
 def test_a_leaf_whose_blocks_fail_is_not_saved(store: CheckpointStore) -> None:
     def blocks() -> Iterator[tuple[tuple[int, ...], Tensor]]:
         yield (0,), torch.ones(2)
