@@ -25,6 +25,7 @@ from omnistep.bin.origin import PARAMS, Origin, kind_of, open_origin
 from omnistep.bin.position import first, first_key
 from omnistep.core import param, rng
 from omnistep.core.checkpoint.pieces import LazyTensor
+from omnistep.core.checkpoint.place import Bucket, Place, committed, is_url, open_place
 from omnistep.core.checkpoint.protocol import CheckpointError
 from omnistep.core.checkpoint.ranks import ALONE
 from omnistep.core.checkpoint.safetensors import INDEX, SINGLE
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
 @frozen
 class Job:
     source: str
-    target: Path
+    target: Place
     to: str
     dtype: torch.dtype | None
     prefix: str | None
@@ -140,8 +141,15 @@ def read_job(argv: Sequence[str]) -> Job:
     if given.errors or idle:
         problems = [f"{name} ({COMMAND_LINE}): means nothing for a TARGET {to}" for name in idle]
         raise ConfigError([*given.errors, *([] if given.errors else problems)])
-    kept = None if dtype is None else DTYPES[dtype]
-    return Job(words[0], Path(words[1]).expanduser(), to, kept, prefix, rest)
+    try:
+        target = open_place(words[1]) if is_url(words[1]) else Path(words[1]).expanduser()
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
+    if to == "hf" and not isinstance(target, Path):
+        raise ConfigError(
+            [f"{target}: a TARGET hf is a local directory; only checkpoints may be in a bucket"]
+        )
+    return Job(words[0], target, to, None if dtype is None else DTYPES[dtype], prefix, rest)
 
 
 def _option(texts: dict[str, str | None], name: str, allowed: Collection[str] = ()) -> str | None:
@@ -202,6 +210,12 @@ def run(job: Job) -> None:
 def check_target(job: Job) -> None:
     """Raises RunError where something stands that must not be overwritten."""
     target = job.target
+    if isinstance(target, Bucket):
+        if steps := committed(target):
+            raise RunError(
+                f"{target} holds checkpoints, as of step {steps[-1]}: choose another TARGET"
+            )
+        return
     if not target.exists():
         return
     if target.resolve() == Path(job.source).expanduser().resolve():
@@ -228,6 +242,7 @@ def to_hf(
 ) -> int:
     """Aside, then by one rename, where there is nothing yet; an older export's files are replaced
     as training does it. Returns the bytes of the weights."""
+    assert isinstance(job.target, Path)
     tokenizer, template = speech(job, origin, args, model)
     size = sum(torch.Size(t.shape).numel() * t.dtype.itemsize for t in weights.values())
     target, is_new = job.target.resolve(), not _is_export(job.target)
@@ -276,7 +291,8 @@ def to_checkpoint(job: Job, args: Arguments, model: Model, source: hf.Source) ->
     state = init_state(weights, optimizer, rng.key(0, "meta"))
     tree = first(attrs.evolve(state, key=first_key(args)), model).tree()
     size = sum(t.nbytes for t in leaves_with_names(tree).values() if isinstance(t, Tensor))
-    params, existed = leaves_with_names(model.tree, is_leaf=is_param), job.target.exists()
+    params = leaves_with_names(model.tree, is_leaf=is_param)
+    is_new = isinstance(job.target, Path) and not job.target.exists()
 
     def stream(name: str, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or leaf.device.type != "meta":
@@ -287,7 +303,7 @@ def to_checkpoint(job: Job, args: Arguments, model: Model, source: hf.Source) ->
             blocks = partial(hf.import_blocks, ours, params[ours], source, dtype)
         return Streamed(tuple(leaf.shape), leaf.dtype, partial(progress.each, name, blocks))
 
-    store = open_store(job.target)
+    store = open_store(str(job.target))
     try:
         with Progress(size) as progress:
             store.save(0, map_with_name(stream, tree))
@@ -295,8 +311,8 @@ def to_checkpoint(job: Job, args: Arguments, model: Model, source: hf.Source) ->
     except BaseException:
         with contextlib.suppress(CheckpointError):
             store.wait()  # in the background it ends soon: there are no more blocks
-        if not existed:
-            shutil.rmtree(job.target, ignore_errors=True)
+        if is_new:
+            shutil.rmtree(str(job.target), ignore_errors=True)
         raise
     finally:
         store.close()

@@ -39,6 +39,7 @@ from tests.bin.runs import (
     succeeded,
     words,
 )
+from tests.core import buckets
 
 
 def run(*argv: Any) -> Result:
@@ -170,6 +171,19 @@ def test_a_run_from_it_is_the_run_from_the_weights(
     assert_same(ours, theirs)
     rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
     assert [row[0]["loss"] for row in rows] == [rows[0][0]["loss"]] * 2
+
+
+def test_into_a_bucket_and_out_of_it(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with buckets.served(monkeypatch):
+        url = "gs://bucket/start"
+        succeeded(run(trained / "hf", url))
+        assert "holds checkpoints, as of step 0" in run(trained / "hf", url).err
+        arguments = (url, tmp_path / "hf", f"--model.tokenizer_path={trained / 'hf'}")
+        assert content(converted(*arguments)) == content(trained / "hf")
+        result = run(trained, "gs://bucket/hf")
+        assert (result.code, "a TARGET hf is a local directory" in result.err) == (2, True)
 
 
 # ---- torch.distributed.checkpoint ------------------------------------------------------------
