@@ -3,14 +3,16 @@ hundreds, and writes docs/faults.md."""
 
 import errno
 import json
+import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from omnistep.core.checkpoint.store import open_store
-from tests.faults.cases import FAULTS, make_case
-from tests.faults.play import describe, play
+from tests.faults.cases import FAULTS, Case, Damage, Plan, make_case
+from tests.faults.play import Outcome, describe, play
 from tests.faults.shim import Call, Strike
 from tests.faults.truth import STEPS, World, differences, unlike
 
@@ -26,7 +28,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 @pytest.mark.parametrize("number", range(len(FAULTS)), ids=list(FAULTS))
 def test_every_fault_on_one_rank_or_two(number: int, world: World) -> None:
-    check(world, number, (1, 2))
+    check(world, make_case(world, SEED, number, (1, 2)))
 
 
 @pytest.mark.parametrize(
@@ -34,13 +36,31 @@ def test_every_fault_on_one_rank_or_two(number: int, world: World) -> None:
     ["SIGKILL of one rank at a call", "disk full on one rank", "newest checkpoint truncated"],
 )
 def test_some_faults_on_four_ranks(fault: str, world: World) -> None:
-    check(world, list(FAULTS).index(fault), (4,))
+    check(world, make_case(world, SEED, list(FAULTS).index(fault), (4,)))
 
 
-def check(world: World, number: int, ranks: tuple[int, ...]) -> None:
-    case = make_case(world, SEED, number, ranks)
+def test_a_kill_while_a_step_is_deleted(world: World) -> None:
+    """Half way through the files of the first of the two steps that retention deletes."""
+    run = world.truth(1).fresh.seen.calls
+    calls = [m for m in run if m.call == Call.UNLINK and re.search(r"/\d+/state/", m.place)]
+    chosen = calls[len(calls) // 4].pattern
+    strike = Strike(frozenset({0}), Call.UNLINK, chosen, 1, signal=signal.SIGKILL)
+    check(world, Case(100, "a kill", 1, 1, Plan(strike=strike)))
+
+
+def test_a_flipped_bit_of_a_weight(world: World) -> None:
+    """In the middle of the largest file, which holds arrays: no JSON, no index."""
+    half = world.truth(1).half
+    files = (path for path in (half / "checkpoints/6").rglob("*") if path.is_file())
+    largest = max(files, key=lambda path: path.stat().st_size).relative_to(half)
+    plan = Plan(resumed=True, damages=(Damage(largest, "flipped", 0.5, 3),))
+    assert check(world, Case(101, "a flip", 1, 1, plan)).fell_back
+
+
+def check(world: World, case: Case) -> Outcome:
     outcome = play(world, case)
     assert not outcome.problems, f"{describe(case)}\n{outcome.how}\n" + "\n".join(outcome.problems)
+    return outcome
 
 
 def test_the_shim_sees_every_file_that_a_run_leaves(world: World, tmp_path: Path) -> None:
