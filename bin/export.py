@@ -44,14 +44,13 @@ def export(
     dtype = next(iter(weights.values())).dtype
 
     def write_rest() -> None:
-        if ranks.rank == 0:
-            written = write_config(directory, model, dtype, tokenizer, template)
-            if tokenizer is not None:
-                written |= copy_tokenizer(directory, tokenizer, template)
-            for name in {*TOKENIZER_FILES, GENERATION} - written:  # of another model
-                (directory / name).unlink(missing_ok=True)
+        written = write_config(directory, model, dtype, tokenizer, template)
+        if tokenizer is not None:
+            written |= copy_tokenizer(directory, tokenizer, template)
+        for name in {*TOKENIZER_FILES, GENERATION} - written:  # of another model
+            (directory / name).unlink(missing_ok=True)
 
-    ranks.together(write_rest)
+    ranks.ask_first(write_rest)
 
 
 def write_config(

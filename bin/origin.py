@@ -20,7 +20,7 @@ from omnistep.core.checkpoint.dcp_weights import (
     METADATA_SUM,
     DcpWeights,
     common_prefix,
-    open_dcp,
+    open_dcp_weights,
 )
 from omnistep.core.checkpoint.directory import Stored
 from omnistep.core.checkpoint.fit import describe
@@ -63,7 +63,7 @@ def open_origin(path: str, prefix: str | None) -> Origin:
         if kind == "checkpoint":
             return _open_checkpoint(path)
         if kind == "dcp":
-            dcp = open_dcp(place)
+            dcp = open_dcp_weights(place)
             return Origin(
                 kind,
                 f"torch.distributed.checkpoint {path}",

@@ -61,9 +61,10 @@ class Meters:
 
     def saves(self) -> dict[str, float]:
         """What the save that was committed since the last call took, if there is one."""
-        saved, before, self.saved = self.store.last_saved, self.saved, self.store.last_saved
-        if saved is None or saved == before:
+        saved = self.store.last_saved  # once: a save may end at any time
+        if saved is None or saved == self.saved:
             return {}
+        self.saved = saved
         self.say(
             f"step {saved.step}: saved {saved.size / 1e9:.3g} GB in {saved.seconds:.2f} s, "
             f"training waited {saved.stall:.2f} s"

@@ -16,7 +16,15 @@ from typing import Any
 import tensorstore as ts
 
 from omnistep.core.checkpoint.catalogue import ITEM, Catalogue
-from omnistep.core.checkpoint.place import BUCKETS, COMMITTED, DAMAGED, Bucket, committed, kvstore
+from omnistep.core.checkpoint.place import (
+    BUCKETS,
+    COMMITTED,
+    DAMAGED,
+    Bucket,
+    committed,
+    kvstore,
+    outdated,
+)
 from omnistep.core.checkpoint.shards import Shard
 from omnistep.core.checkpoint.stored import open_stored
 
@@ -65,13 +73,6 @@ class BucketCatalogue:
 
     def close(self) -> None:
         """Nothing is held between saves."""
-
-
-def outdated(steps: Sequence[int], keep: int | None, keep_every: int | None) -> list[int]:
-    """Which of the ascending steps go: all but the newest `keep` and the multiples of
-    `keep_every`; none where `keep` is None."""
-    old = steps[:-keep] if keep is not None else []
-    return [step for step in old if not keep_every or step % keep_every]
 
 
 def _leftovers(names: Sequence[str]) -> list[str]:

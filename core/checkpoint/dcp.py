@@ -35,17 +35,13 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
+from omnistep.core.checkpoint.arrays import unreadable
 from omnistep.core.checkpoint.cut import pieces
 from omnistep.core.checkpoint.dcp_weights import METADATA, METADATA_SUM
-from omnistep.core.checkpoint.place import committed
+from omnistep.core.checkpoint.place import committed, outdated
 from omnistep.core.checkpoint.ranks import Ranks
 from omnistep.core.checkpoint.saving import Leaves
-from omnistep.core.checkpoint.shards import (
-    Shard,
-    from_numpy,
-    torch_dtype,
-    unreadable,
-)
+from omnistep.core.checkpoint.shards import Shard, from_numpy, torch_dtype
 
 PIECE_BYTES = 16 << 20
 """A piece is read whole, since its checksum covers the whole: two of them are in memory for each
@@ -60,31 +56,28 @@ class DcpWriter:
         self._keep, self._keep_every = keep, keep_every
 
     def commit(self, step: int, leaves: Leaves) -> None:
-        temporary, first = self._directory / f"{step}.tmp", self._ranks.rank == 0
+        temporary = self._directory / f"{step}.tmp"
 
         def clear() -> None:
-            for left in self._directory.glob("*.tmp") if first else ():
+            for left in self._directory.glob("*.tmp"):
                 shutil.rmtree(left)
 
         def finish() -> None:
-            if first:
-                temporary.rename(self._directory / str(step))
-                self._drop_old()
+            temporary.rename(self._directory / str(step))
+            self._drop_old()
 
-        self._ranks.together(clear)
+        self._ranks.ask_first(clear)
         write_step(temporary, leaves, self._ranks)
-        self._ranks.together(finish)
+        self._ranks.ask_first(finish)
 
     def close(self) -> None:
         pass
 
     def _drop_old(self) -> None:
-        steps = committed(self._directory)
-        for step in steps[: -self._keep] if self._keep else ():
-            if self._keep_every is None or step % self._keep_every:
-                # renamed first: half deleted, it would still have a committed step's name
-                old = (self._directory / str(step)).rename(self._directory / f"{step}.tmp")
-                shutil.rmtree(old)
+        for step in outdated(committed(self._directory), self._keep, self._keep_every):
+            # renamed first: half deleted, it would still have a committed step's name
+            old = (self._directory / str(step)).rename(self._directory / f"{step}.tmp")
+            shutil.rmtree(old)
 
 
 # --- writing ------------------------------------------------------------------------------------
@@ -100,10 +93,9 @@ def write_step(directory: Path, leaves: Leaves, ranks: Ranks) -> None:
         writer.set_up_storage_writer(first)
         done["plan"] = writer.prepare_local_plan(planner.create_local_plan())
 
-    def agree() -> None:
-        if first:
-            parts, done["metadata"] = planner.create_global_plan(plans)
-            done["parts"] = writer.prepare_global_plan(parts)
+    def agree() -> list[SavePlan]:
+        parts, done["metadata"] = planner.create_global_plan(plans)
+        return writer.prepare_global_plan(parts)
 
     def write() -> None:
         try:
@@ -112,18 +104,16 @@ def write_step(directory: Path, leaves: Leaves, ranks: Ranks) -> None:
             raise (error.__context__ or error) from error
 
     def finish() -> None:
-        if first:
-            writer.finish(done["metadata"], results)
-            checksum = zlib.crc32((directory / METADATA).read_bytes())
-            (directory / METADATA_SUM).write_text(str(checksum))
+        writer.finish(done["metadata"], results)
+        checksum = zlib.crc32((directory / METADATA).read_bytes())
+        (directory / METADATA_SUM).write_text(str(checksum))
 
     ranks.together(plan)
     plans = ranks.gather(done["plan"])
-    ranks.together(agree)
-    parts = ranks.broadcast(done.get("parts"))
+    parts = ranks.ask_first(agree)
     ranks.together(write)
     results = ranks.gather(done["written"])
-    ranks.together(finish)
+    ranks.ask_first(finish)
 
 
 class _Planner(DefaultSavePlanner):

@@ -1,7 +1,8 @@
 """A torch.distributed.checkpoint as named tensors, read one at a time, on one rank.
 
-Read by torch's own reader, without a process group. Its `.metadata` is a pickle, which may run
-any code when it is read: only what is trusted should be opened.
+Read by torch's own reader, without a process group: whatever torch can write, it reads. (dcp.py
+reads what a store may have written, in part, and checks it.) Its `.metadata` is a pickle, which may
+run any code when it is read: only what is trusted should be opened.
 """
 
 from collections import Counter
@@ -68,7 +69,7 @@ class DcpWeights:
         return whole if slices is None else whole[tuple(slices)]
 
 
-def open_dcp(path: str | Path, prefix: str = "") -> DcpWeights:
+def open_dcp_weights(path: str | Path, prefix: str = "") -> DcpWeights:
     """Opens the directory; reads no tensor. Raises ValueError or FileNotFoundError where its
     metadata cannot be read, or a file is missing."""
     from torch.distributed.checkpoint import FileSystemReader

@@ -58,11 +58,11 @@ class DirectoryStore:
     """
 
     def __init__(
-        self, directory: Place, ranks: Ranks, writer: Writer, opened: Callable[[Place], Stored]
+        self, directory: Place, ranks: Ranks, writer: Writer, open_step: Callable[[Place], Stored]
     ):
-        """opened: opens a committed step, whatever its format."""
+        """open_step: opens a committed step, whatever its format."""
         self.directory = directory
-        self._ranks, self._writer, self._opened = ranks, writer, opened
+        self._ranks, self._writer, self._open_step = ranks, writer, open_step
         self._copies, self._saving = HostCopies(), Saving()
 
     @property
@@ -114,12 +114,12 @@ class DirectoryStore:
         """
         place = self._place(step)
         leaves: dict[str, Any] = {}
-        self._ranks.together(lambda: leaves.update(self._opened(place).leaves()))
+        self._ranks.together(lambda: leaves.update(self._open_step(place).leaves()))
         return leaves
 
     def opened(self, step: int | None = None) -> Stored:
         """A step (the latest by default), to be read part by part by this rank alone."""
-        return self._opened(self._place(step))
+        return self._open_step(self._place(step))
 
     def restore(
         self, abstract: Tree, step: int | None = None, *, device: torch.device | str = "cpu"
@@ -136,7 +136,7 @@ class DirectoryStore:
         values: dict[str, Any] = {}
 
         def read() -> None:
-            wanted, stored = leaves_with_names(abstract), self._opened(place)
+            wanted, stored = leaves_with_names(abstract), self._open_step(place)
             check_fit(wanted, stored.leaves(), str(place))
 
             def one(name: str, like: Any) -> Any:

@@ -11,11 +11,12 @@ import contextlib
 import threading
 from typing import Any
 
+from omnistep.core.checkpoint.arrays import write_shards
 from omnistep.core.checkpoint.place import Bucket, Place
 from omnistep.core.checkpoint.protocol import CheckpointError
 from omnistep.core.checkpoint.ranks import Ranks
 from omnistep.core.checkpoint.saving import Leaves
-from omnistep.core.checkpoint.shards import Shard, write_shards
+from omnistep.core.checkpoint.shards import Shard
 from omnistep.core.checkpoint.stored import checksums
 
 

@@ -13,7 +13,7 @@ import itertools
 import os
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +185,13 @@ def is_committed(directory: Place, step: int) -> bool:
     """The same of one step, without a listing of them all."""
     place = directory / str(step)
     return place.is_dir() if isinstance(place, Path) else place.read(COMMITTED) is not None
+
+
+def outdated(steps: Sequence[int], keep: int | None, keep_every: int | None) -> list[int]:
+    """Which of the ascending steps go: all but the newest `keep` and the multiples of
+    `keep_every`; none where `keep` is None."""
+    old = steps[:-keep] if keep is not None else []
+    return [step for step in old if not keep_every or step % keep_every]
 
 
 def set_aside(directory: Place, step: int) -> str:

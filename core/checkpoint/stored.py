@@ -13,13 +13,9 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from omnistep.core.checkpoint.arrays import open_arrays, read_array, unreadable
 from omnistep.core.checkpoint.place import Place, read_file
-from omnistep.core.checkpoint.shards import (
-    open_arrays,
-    read_array,
-    torch_dtype,
-    unreadable,
-)
+from omnistep.core.checkpoint.shards import torch_dtype
 
 
 def checksums(leaves: Mapping[str, Any]) -> dict[str, Any]:

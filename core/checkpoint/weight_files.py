@@ -90,19 +90,14 @@ def write_weights(
                 _sync(file)
         _replace(directory, aside, names)
 
-    first = ranks.rank == 0
     try:
-        ranks.together(begin if first else _nothing)
+        ranks.ask_first(begin)
         _write_files(aside, files, header, ranks)
-        ranks.together(finish if first else _nothing)
+        ranks.ask_first(finish)
     finally:
-        if first:
+        if ranks.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
     return [directory / name for name in names]
-
-
-def _nothing() -> None:
-    pass
 
 
 # --- the plan -----------------------------------------------------------------------------------

@@ -152,6 +152,19 @@ def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.005)
 
 
+def start_server(module: str, home: Path, **environment: str) -> subprocess.Popen[str]:
+    """A module that reads requests and writes answers, a line each, and knows no wandb account."""
+    plain = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("WANDB")}
+    return subprocess.Popen(
+        [sys.executable, "-m", module],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=plain | {"HOME": str(home)} | environment,
+    )
+
+
 @frozen(eq=False)
 class Run:
     """A run that was started by a Zygote."""
@@ -174,15 +187,7 @@ class Zygote:
 
     def __init__(self, directory: Path) -> None:
         self._directory, self._count = directory, 0
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.bin.zygote"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={k: v for k, v in ENVIRONMENT.items() if not k.startswith("WANDB")}
-            | {"HOME": str(directory)},
-        )
+        self._process = start_server("tests.bin.zygote", directory)
 
     def ask(self, request: dict[str, Any]) -> int:
         assert self._process.stdin is not None

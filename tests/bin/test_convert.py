@@ -414,31 +414,43 @@ sys.exit(code)
 """
 
 
+GIVES_BACK = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+}
+"""glibc then gives freed memory back at once. What it keeps by default, up to 100 MB here, varies
+from run to run and hides what the program holds."""
+
+
 def peak_bytes(*argv: Any) -> int:
     command = [sys.executable, "-c", PEAK, *map(str, argv)]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
+    options: dict[str, Any] = {"env": ENVIRONMENT | GIVES_BACK, "cwd": ROOT}
+    done = subprocess.run(command, capture_output=True, text=True, **options)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
 def sizes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, int]:
-    """A model of four layers, one of forty, and its bytes."""
+    """A model of ten layers, one of forty, and the bytes that this has more. Fewer than ten would
+    not fill the buffers that are of one size for all."""
     folder = tmp_path_factory.mktemp("sizes")
-    small = write_random(folder / "small", DEEP | {"num_hidden_layers": 4})
-    deep = write_random(folder / "deep", DEEP)
-    return small, deep, 4 * param.count(make_model(DEEP).tree)
+    models = [DEEP | {"num_hidden_layers": layers} for layers in (10, 40)]
+    ten, forty = (4 * param.count(make_model(raw).tree) for raw in models)
+    small, deep = (write_random(folder / f"{i}", raw) for i, raw in enumerate(models))
+    return small, deep, forty - ten
 
 
 def test_memory_does_not_grow_with_the_model(
     sizes: tuple[Path, Path, int], foreign: tuple[Any, Path], tmp_path: Path
 ) -> None:
-    """What ten times the layers add to the peak, against their size: there, back, from DCP."""
+    """What more layers add to the peak, against their size: there, back, from DCP."""
     small, deep, size = sizes
-    assert size > 250e6
+    assert size > 200e6
     peaks = {}
-    for place in (small, deep):
-        checkpoint, name = tmp_path / f"{place.name}-checkpoint", place.name
+    for name, place in (("small", small), ("deep", deep)):
+        checkpoint = tmp_path / f"{name}-checkpoint"
         peaks["there", name] = peak_bytes(place, checkpoint)
         peaks["back", name] = peak_bytes(checkpoint, tmp_path / f"{name}-hf")
         weights = open_weights(place)
@@ -449,9 +461,7 @@ def test_memory_does_not_grow_with_the_model(
     ours, theirs = open_weights(tmp_path / "deep-hf"), open_weights(deep)
     assert all(torch.equal(ours.read(name), theirs.read(name)) for name in theirs.infos)
     for way in ("there", "back", "dcp"):
-        # 10 to 16 % were measured: what the allocator keeps, and the pages of mapped files. A model
-        # that is whole in memory would add all of it
-        assert peaks[way, "deep"] - peaks[way, "small"] < 0.4 * size, (way, peaks)
+        assert peaks[way, "deep"] - peaks[way, "small"] < 0.1 * size, (way, peaks)
 
 
 def written(directory: Path) -> int:

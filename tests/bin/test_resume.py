@@ -110,13 +110,16 @@ def test_sigterm_saves_and_says_how_to_go_on(workers, wish, files, tmp_path, zyg
     assert losses(output) == uninterrupted["packed"]
 
 
+def like_source(files, output, **changes):
+    saved = {"train_save_steps": 2, "data_eval_path": files.held_out, "train_eval_steps": 2}
+    return settings(files, output, **saved | changes)
+
+
 @pytest.fixture(scope="package")
 def source(files, tmp_path_factory):
     """A run of 6 steps with checkpoints 2, 4 and 6."""
     output = tmp_path_factory.mktemp("source") / "run"
-    chosen = settings(
-        files, output, train_save_steps=2, data_eval_path=files.held_out, train_eval_steps=2
-    )
+    chosen = like_source(files, output)
     succeeded(call(train.main, words(chosen)))
     return output
 
@@ -163,14 +166,7 @@ def test_a_finished_run_only_reports(source, files, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(source, output)
     before = content(output)
-    chosen = settings(
-        files,
-        output,
-        train_save_steps=2,
-        data_eval_path=files.held_out,
-        train_eval_steps=2,
-        train_load_checkpoint_path="auto",
-    )
+    chosen = like_source(files, output, train_load_checkpoint_path="auto")
     result = succeeded(call(train.main, words(chosen)))
     assert "held-out loss" in result.out
     assert str(output / "checkpoints") in result.out
@@ -202,13 +198,7 @@ def test_an_evaluation_that_a_kill_prevented_is_made_up_for(source, files, tmp_p
     rows = (source / "metrics.jsonl").read_text().splitlines(keepends=True)
     at = next(i for i, row in enumerate(rows) if '"step": 4' in row and "eval_loss" in row)
     (output / "metrics.jsonl").write_text("".join(rows[:at]) + rows[at][:7])
-    chosen = settings(
-        files,
-        output,
-        data_eval_path=files.held_out,
-        train_eval_steps=2,
-        train_load_checkpoint_path="auto",
-    )
+    chosen = like_source(files, output, train_load_checkpoint_path="auto")
     succeeded(call(train.main, words(chosen)))
     names = ("step", "loss", "eval_loss")
 
@@ -258,14 +248,7 @@ def test_auto_falls_back_to_the_newest_sound_checkpoint(source, files, tmp_path)
     shutil.copytree(source, output)
     damage(output, 6)
     shutil.rmtree(output / "checkpoints/4/state/d")
-    chosen = settings(
-        files,
-        output,
-        train_save_steps=2,
-        data_eval_path=files.held_out,
-        train_eval_steps=2,
-        train_load_checkpoint_path="auto",
-    )
+    chosen = like_source(files, output, train_load_checkpoint_path="auto")
     result = succeeded(call(train.main, words(chosen)))
     told = [line for line in result.out.splitlines() if "damaged" in line or "resume" in line]
     for line, step in zip(told, (6, 4), strict=False):

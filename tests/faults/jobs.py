@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any
 
 from attrs import frozen
 
-from tests.bin.runs import ENVIRONMENT, ROOT
+from tests.bin.runs import start_server
 from tests.faults.shim import NOTHING, Seen, Strike, build, make_control, read_control
 
 PATIENCE = 60.0
@@ -36,15 +34,8 @@ class Server:
 
     def __init__(self, directory: Path) -> None:
         self._directory, self._count = directory, 0
-        environment = {k: v for k, v in ENVIRONMENT.items() if not k.startswith("WANDB")}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.server"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=environment | {"LD_PRELOAD": str(build(directory)), "HOME": str(directory)},
-        )
+        shim = str(build(directory))
+        self._process = start_server("tests.faults.server", directory, LD_PRELOAD=shim)
         self._answer()
 
     def run(
