@@ -71,8 +71,17 @@ def export_from_meshes(folder: Path, ranks: Ranks) -> None:
             write_weights(directory, weights, max_shard_bytes=limit, ranks=ranks)
             if ranks.rank == 0:
                 write_config(directory, model, torch.float32, None, None)
-    half = weights_of(model, {"dp_shard": 4}, "zero3", torch.bfloat16)
+    half, write = weights_of(model, {"dp_shard": 4}, "zero3", torch.bfloat16), weight_files._write
+    written: dict[str, int] = {}
+
+    def count(aside: Path, turn, whole) -> None:
+        written[turn.file] = written.get(turn.file, 0) + torch.Size(turn.source.shape).numel()
+        write(aside, turn, whole)
+
+    weight_files._write = count
     write_weights(folder / "bfloat16", half, max_shard_bytes=20_000, ranks=ranks)
+    weight_files._write = write
+    (folder / f"written{ranks.rank}.json").write_text(json.dumps(written))
 
 
 def fail_on_one(folder: Path, ranks: Ranks) -> None:

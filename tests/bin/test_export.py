@@ -67,6 +67,15 @@ def test_bfloat16(exports: Path) -> None:
     assert_holds(exports / "bfloat16", one_rank(torch.bfloat16))
 
 
+def test_every_rank_writes_files_of_its_own(exports: Path) -> None:
+    written = [json.loads((exports / f"written{rank}.json").read_text()) for rank in range(4)]
+    files = [name for of_rank in written for name in of_rank]
+    assert sorted(files) == sorted(p.name for p in (exports / "bfloat16").glob("*.safetensors"))
+    assert max(map(len, written)) - min(map(len, written)) <= 1
+    assert min(map(len, written)) > 0
+    assert sum(map(sum, (of.values() for of in written))) == param.count(make_model(SMALL).tree)
+
+
 def test_transformers_reads_what_many_ranks_wrote(exports: Path) -> None:
     from transformers import AutoModelForCausalLM
 
