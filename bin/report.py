@@ -10,7 +10,7 @@ from torch import Tensor
 from omnistep.bin.build import Data, Model, RunError
 from omnistep.bin.position import Position
 from omnistep.core.batch import Batch
-from omnistep.core.checkpoint.protocol import CheckpointStore, Saved
+from omnistep.core.checkpoint.protocol import CheckpointStore
 from omnistep.core.logs import Logger
 from omnistep.core.meters import Meter, rates, tick
 from omnistep.data.state import DataState
@@ -46,8 +46,8 @@ class Meters:
     store: CheckpointStore
     say: Say
     meter: Meter = field(factory=Meter)
-    saved: Saved | None = None
-    """The last save that was told of."""
+    told: int = 0
+    """Saves that were told of."""
 
     def read(self, step: int, tokens: float, batch: Batch, waited: float) -> dict[str, float]:
         cfg = self.model.cfg
@@ -60,17 +60,17 @@ class Meters:
         return rates(self.meter, steps_left=self.data.total_steps - step, peak=peak)
 
     def saves(self) -> dict[str, float]:
-        """What the save that was committed since the last call took, if there is one."""
-        saved = self.store.last_saved  # once: a save may end at any time
-        if saved is None or saved == self.saved:
-            return {}
-        self.saved = saved
-        self.say(
-            f"step {saved.step}: saved {saved.size / 1e9:.3g} GB in {saved.seconds:.2f} s, "
-            f"training waited {saved.stall:.2f} s"
-        )
-        times = {"save_seconds": saved.seconds, "save_stall_seconds": saved.stall}
-        return {"saved_step": float(saved.step), "saved_bytes": float(saved.size), **times}
+        """Tells of the saves that were committed since the last call; what the last one took."""
+        values: dict[str, float] = {}
+        for saved in self.store.saved[self.told :]:
+            self.told += 1
+            self.say(
+                f"step {saved.step}: saved {saved.size / 1e9:.3g} GB in {saved.seconds:.2f} s, "
+                f"training waited {saved.stall:.2f} s"
+            )
+            values = {"saved_step": float(saved.step), "saved_bytes": float(saved.size)}
+            values |= {"save_seconds": saved.seconds, "save_stall_seconds": saved.stall}
+        return values
 
 
 def report(

@@ -66,9 +66,9 @@ class DirectoryStore:
         self._copies, self._saving = HostCopies(), Saving()
 
     @property
-    def last_saved(self) -> Saved | None:
-        """The last save that was committed; to read it waits for nothing."""
-        return self._saving.last
+    def saved(self) -> Sequence[Saved]:
+        """The saves that were committed so far; to read it waits for nothing."""
+        return tuple(self._saving.done)
 
     def save(self, step: int, state: Tree) -> None:
         """Copies this rank's shards and returns; the copy is written in the background.

@@ -1,5 +1,6 @@
 """What a trainer asks of a checkpoint store, and how it is told that something is wrong."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -43,8 +44,8 @@ class CheckpointStore(Protocol):
         ...
 
     @property
-    def last_saved(self) -> Saved | None:
-        """The last save of this store that was committed; to read it waits for nothing."""
+    def saved(self) -> Sequence[Saved]:
+        """The saves of this store that were committed so far; to read it waits for nothing."""
         ...
 
     def save(self, step: int, state: Tree) -> None:

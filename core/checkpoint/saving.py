@@ -54,8 +54,8 @@ class Saving:
     """The save in flight, in a thread of its own, and how it ended."""
 
     def __init__(self) -> None:
-        self.last: Saved | None = None
-        """The last save that was committed; to read it waits for nothing."""
+        self.done: list[Saved] = []
+        """The saves that were committed; to read it waits for nothing."""
         self._thread: threading.Thread | None = None
         self._what = ""
         self._failure: Exception | None = None
@@ -74,7 +74,7 @@ class Saving:
         def run() -> None:
             try:
                 commit()
-                self.last = Saved(step, size, stall, time.perf_counter() - began)
+                self.done.append(Saved(step, size, stall, time.perf_counter() - began))
             except Exception as error:
                 self._failure = error
 

@@ -284,17 +284,17 @@ def test_a_damaged_checkpoint_that_was_named_is_an_error(source, files, tmp_path
     assert "also holds step 2, 6" in result.err
 
 
-def test_saves_are_reported(source, files, tmp_path):
-    rows = read_metrics(source / "metrics.jsonl")
+def test_saves_are_reported(files, tmp_path):
+    result = succeeded(call(train.main, words(like_source(files, tmp_path / "run"))))
+    lines = [line for line in result.out.splitlines() if "training waited" in line]
+    assert [line.split(" saved 0.00")[0] for line in lines] == ["step 2:", "step 4:", "step 6:"]
+    rows = read_metrics(tmp_path / "run/metrics.jsonl")
     told = [row for row in rows if "saved_step" in row]
-    assert [row["saved_step"] for row in told] == [2, 4]  # the last one ends after the last row
+    # a row has the last save that ended before it: 2 or 4 may be missing, 6 ends after all rows
+    assert [row["saved_step"] for row in told] in ([2, 4], [2], [4])
     for row in told:
         assert 0 < row["save_stall_seconds"] < row["save_seconds"]
         assert row["saved_bytes"] > 4096 * 32 * 3 * 4
-    chosen = settings(files, tmp_path / "run", data_train_size=64)
-    result = succeeded(call(train.main, words(chosen)))
-    assert "step 1: saved 0.00" in result.out
-    assert "training waited" in result.out
 
 
 def test_another_model_config_of_the_same_shape_is_told(source, files, tmp_path):

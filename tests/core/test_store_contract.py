@@ -74,12 +74,11 @@ def test_buffers_may_be_overwritten_as_soon_as_save_returns(store: CheckpointSto
 
 
 def test_what_was_saved_is_told(store: CheckpointStore) -> None:
-    assert store.last_saved is None
+    assert not store.saved
     store.save(3, {"w": torch.ones(1000), "b": torch.ones(10, dtype=torch.int8), "n": 1})
     store.wait()
-    assert store.last_saved is not None
-    assert (store.last_saved.step, store.last_saved.size) == (3, 4010)
-    assert 0 < store.last_saved.stall < store.last_saved.seconds
+    assert (store.saved[-1].step, store.saved[-1].size) == (3, 4010)
+    assert 0 < store.saved[-1].stall < store.saved[-1].seconds
 
 
 def test_only_the_latest_steps_are_kept(place: Path, format: Format) -> None:
@@ -144,8 +143,7 @@ def test_a_failed_save_leaves_nothing_and_can_be_repeated(
         store.save(1, {"w": torch.ones(3)})
         save_fails(store, 2)
         assert store.latest() == 1
-        assert store.last_saved is not None
-        assert store.last_saved.step == 1
+        assert store.saved[-1].step == 1
         store.save(2, {"w": torch.full((3,), 2.0)})
         assert store.steps() == [1, 2]
         assert store.restore({"w": torch.empty(3)})["w"].tolist() == [2, 2, 2]
