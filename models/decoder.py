@@ -22,6 +22,7 @@ from omnistep.core.param import Layout, Param, constant, normal, one_rank
 from omnistep.core.tree import Tree
 from omnistep.models.attention import SAVED_OPS, ring_attention
 from omnistep.models.attention_cpu import start_compiling
+from omnistep.models.config import Config
 from omnistep.models.layers import rms_norm, rope_angles, rope_frequencies, rotary
 from omnistep.models.loss import make_linear_cross_entropy
 from omnistep.parallel.collectives import all_gather, all_to_all, reduce_scatter
@@ -31,41 +32,6 @@ from omnistep.parallel.sequence import share
 from omnistep.parallel.unshard import unshard
 
 ALONE = Group()
-
-
-@frozen
-class Config:
-    """Sizes and variants of a dense decoder."""
-
-    vocab: int
-    embed: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
-    rope_theta: float = 10000.0
-    rope_scaling: Mapping[str, Any] = field(factory=dict)
-    norm_eps: float = 1e-6
-    tied: bool = False
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    windows: tuple[int | None, ...] = ()
-    """For each layer how many tokens back a token sees, itself included; None: all."""
-    init_std: float = 0.02
-
-    def __attrs_post_init__(self) -> None:
-        if self.heads % self.kv_heads:
-            raise ValueError(
-                f"{self.heads} attention heads can't share {self.kv_heads} key/value heads evenly"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}")
-        if self.windows and len(self.windows) != self.layers:
-            raise ValueError(f"{len(self.windows)} windows for {self.layers} layers")
-        rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
 
 
 def params(cfg: Config) -> Tree:

@@ -1,0 +1,133 @@
+"""What a decoder is: its sizes and variants. Every family is a setting of `Config`."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from attrs import field, frozen
+
+from omnistep.models.layers import rope_frequencies
+
+
+@frozen
+class Latent:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values of all heads
+    are made from one small vector a token, queries from another (or from the token itself).
+
+    A head's query and key have `Config.head_dim` = nope + rope elements, of which the last `rope`
+    are rotated; the rotated part of the key is the same for all heads.
+    """
+
+    kv: int
+    """Width of the vector that keys and values are made from."""
+    nope: int
+    rope: int
+    value: int
+    """Width of a head's value."""
+    q: int | None = None
+    """Width of the vector that queries are made from; None: they are made from the token."""
+    interleaved: bool = True
+    """Neighbouring elements are rotated together, not element i with i + rope/2."""
+
+
+@frozen
+class Experts:
+    """A mixture of experts in place of the MLP: each token goes to `top_k` of `count` SwiGLUs."""
+
+    count: int
+    top_k: int
+    mlp: int
+    """Width of one expert."""
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    normalize: bool = False
+    """The weights of a token's experts add up to 1 (before `scale`)."""
+    scale: float = 1.0
+    groups: int = 1
+    """Experts lie in groups, of which a token uses `top_groups` only."""
+    top_groups: int = 1
+    group_score: Literal["max", "top2"] = "max"
+    """A group is as good as its best expert, or as its best two together."""
+    bias: bool = False
+    """A bias on the scores chooses, but does not weigh, experts; it is moved by `bias_rate` a step
+    towards those with too few tokens (arXiv 2408.15664)."""
+    bias_rate: float = 1e-3
+    aux: float = 0.0
+    """Coefficient of the load-balancing loss (Switch Transformer, arXiv 2101.03961)."""
+    shared: int = 0
+    """Width of the expert that every token uses besides; 0: there is none."""
+    shared_gated: bool = False
+    """The shared expert's output is times a sigmoid of the token (Qwen2-MoE)."""
+    dense: tuple[int, ...] = ()
+    """Layers that have an MLP of width Config.mlp instead of experts."""
+
+    def __attrs_post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.count:
+            raise ValueError(f"a token can't use {self.top_k} of {self.count} experts")
+        if self.count % self.groups or not 1 <= self.top_groups <= self.groups:
+            raise ValueError(
+                f"{self.count} experts can't lie in {self.groups} groups of which a token uses "
+                f"{self.top_groups}"
+            )
+        if self.top_groups * (self.count // self.groups) < self.top_k:
+            raise ValueError(
+                f"{self.top_groups} groups of {self.count // self.groups} experts hold fewer than "
+                f"the {self.top_k} a token uses"
+            )
+
+
+@frozen
+class Config:
+    """Sizes and variants of a decoder."""
+
+    vocab: int
+    embed: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping[str, Any] = field(factory=dict)
+    norm_eps: float = 1e-6
+    tied: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    windows: tuple[int | None, ...] = ()
+    """For each layer how many tokens back a token sees, itself included; None: all."""
+    init_std: float = 0.02
+    latent: Latent | None = None
+    experts: Experts | None = None
+
+    def __attrs_post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"{self.heads} attention heads can't share {self.kv_heads} key/value heads evenly"
+            )
+        if self.rope_dim % 2:
+            raise ValueError(f"rotary positions need an even head_dim, not {self.rope_dim}")
+        if self.windows and len(self.windows) != self.layers:
+            raise ValueError(f"{len(self.windows)} windows for {self.layers} layers")
+        if self.latent and self.latent.nope + self.latent.rope != self.head_dim:
+            raise ValueError(
+                f"head_dim {self.head_dim} is not {self.latent.nope} + {self.latent.rope}"
+            )
+        wrong = [i for i in self.dense_layers if not 0 <= i < self.layers]
+        if wrong or len(self.dense_layers) == self.layers:
+            raise ValueError(f"layers {wrong or 'all'} of {self.layers} are to have no experts")
+        rope_frequencies(self.rope_dim, self.rope_theta, self.rope_scaling)
+
+    @property
+    def rope_dim(self) -> int:
+        """How many elements of a query and key are rotated."""
+        return self.latent.rope if self.latent else self.head_dim
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """Of a model with experts, the layers that have none, in order."""
+        return tuple(sorted(self.experts.dense)) if self.experts else ()
+
+    @property
+    def stacked_layers(self) -> tuple[int, ...]:
+        """The layers whose weights lie in `layers`; those in dense_layers lie in `dense_layers`."""
+        return tuple(i for i in range(self.layers) if i not in self.dense_layers)
