@@ -38,13 +38,18 @@ class Param:
     """One weight: its shape, the logical name of each of its axes, its initial values.
 
     `axes` are what layouts are written in ("layers", "embed", "heads", ...). `decay` says
-    whether weight decay applies: to matrices and embeddings, not to norms and biases.
+    whether weight decay applies: to matrices and embeddings, not to norms and biases. What is
+    `exact` is kept in fp32 or better, whatever the dtype of the others.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     init: Init
     decay: bool = True
+    exact: bool = False
+
+    def dtype(self, of_others: torch.dtype) -> torch.dtype:
+        return torch.promote_types(of_others, torch.float32) if self.exact else of_others
 
     def __attrs_post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
@@ -105,9 +110,10 @@ def abstract(params: Tree, dtype: torch.dtype, layout: Layout | None = None) -> 
 
     def make(p: Param, at: Place | None = None) -> Tensor:
         if at is None or layout is None:
-            return torch.empty(p.shape, dtype=dtype, device="meta")
+            return torch.empty(p.shape, dtype=p.dtype(dtype), device="meta")
         shape, _ = extent(at, layout.mesh)
-        return to_global(torch.empty(shape, dtype=dtype, device="meta"), at, layout.mesh)
+        local = torch.empty(shape, dtype=p.dtype(dtype), device="meta")
+        return to_global(local, at, layout.mesh)
 
     if layout is None:
         return tree_map(make, params, is_leaf=is_param)
@@ -131,12 +137,12 @@ def initialize(
     they end up on `device`. A rank makes only its own pieces."""
 
     def make(name: str, p: Param, at: Place | None = None) -> Tensor:
-        named = rng.name_key(key, name)
+        named, kept = rng.name_key(key, name), p.dtype(dtype)
         if at is None or layout is None:
             whole = rng.Block((0,) * len(p.shape), p.shape)
-            return p.init(named, p.shape, dtype, whole).to(device)
+            return p.init(named, p.shape, kept, whole).to(device)
         shape, offset = extent(at, layout.mesh)
-        piece = p.init(named, p.shape, dtype, rng.Block(offset, shape)).to(device)
+        piece = p.init(named, p.shape, kept, rng.Block(offset, shape)).to(device)
         return to_global(piece, at, layout.mesh)
 
     if layout is None:
