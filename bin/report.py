@@ -14,7 +14,7 @@ from omnistep.core.checkpoint.protocol import CheckpointStore
 from omnistep.core.logs import Logger
 from omnistep.core.meters import Meter, rates, tick
 from omnistep.data.state import DataState
-from omnistep.models import decoder
+from omnistep.models import cost
 from omnistep.parallel.mesh import Mesh
 
 Say = Callable[[str], None]
@@ -52,8 +52,8 @@ class Meters:
     def read(self, step: int, tokens: float, batch: Batch, waited: float) -> dict[str, float]:
         cfg = self.model.cfg
         # the other data ranks' samples are taken to be as long as this one's
-        visible = decoder.visible_pairs(batch, cfg) * self.mesh.data_ranks
-        flops = decoder.flops(cfg, tokens, visible)
+        visible = cost.visible_pairs(batch, cfg) * self.mesh.data_ranks
+        flops = cost.flops(cfg, tokens, visible)
         peak = None if self.peak is None else self.peak * self.mesh.world.size
         now = time.perf_counter()
         self.meter = tick(self.meter, now, tokens=tokens, flops=flops, waited=waited)

@@ -8,7 +8,7 @@ Where the samples begin travels in one of two ways, which give the same numbers:
 
 import torch
 from attrs import frozen
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from omnistep.core.tree import pytree
@@ -49,3 +49,10 @@ def positions(batch: Batch) -> Int[Tensor, "rows seq"]:
     """int32: for each token, its index in its sample."""
     index = torch.arange(batch.tokens.shape[-1], dtype=torch.int32, device=batch.tokens.device)
     return index - segment_starts(batch)
+
+
+def padding(batch: Batch) -> Bool[Tensor, "rows seq"]:
+    """True for padding: tokens that are a sample of their own. (A real sample of one token looks
+    the same; it has no target.)"""
+    first = positions(batch) == 0
+    return first & torch.nn.functional.pad(first[:, 1:], (0, 1), value=True)

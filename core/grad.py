@@ -17,13 +17,21 @@ class LossOutput(NamedTuple):
     """What a loss returns: this rank's share of the sums over the micro-batch, so that any split of
     a batch adds up.
 
-    The step minimises sum(total) / sum(weight) over the global batch. `metrics` are further
-    sums; they are reported divided by the same weight.
+    The step minimises (sum(total) + all sum(penalties)) / sum(weight) over the global batch.
     """
 
     total: Float[Tensor, ""]
     weight: Float[Tensor, ""]
     metrics: Mapping[str, Tensor] = {}
+    """Further sums, reported divided by the same weight."""
+    penalties: Mapping[str, Tensor] = {}
+    """What training minimises besides, and an evaluation leaves out; reported like metrics."""
+    sums: Mapping[str, Tensor] = {}
+    """Tensors of any shape that are only added up, for `Stages.after`."""
+
+    @property
+    def objective(self) -> Float[Tensor, ""]:
+        return self.total + sum(self.penalties.values())
 
 
 LossFn = Callable[[Tree, Any, Tensor], LossOutput]
@@ -37,16 +45,19 @@ class Stages:
     Called, it is the whole loss. Its parts compile themselves (or not): the step does not.
     """
 
-    first: Callable[[Tree, Any], Tensor]
-    """(params, batch) -> what the layers read"""
-    middle: Callable[[Tree, Tensor, Any], Tensor]
-    """(params, x, batch) -> the same shape, after this rank's layers"""
-    last: Callable[[Tree, Tensor, Any, Tensor], LossOutput]
+    first: Callable[[Tree, Any], Tree]
+    """(params, batch) -> what the layers read: a tensor, or a tree of tensors"""
+    middle: Callable[[Tree, Tree, Any], Tree]
+    """(params, x, batch) -> the same shapes, after this rank's layers"""
+    last: Callable[[Tree, Tree, Any, Tensor], LossOutput]
     """(params, x, batch, key) -> loss"""
-    carry: Callable[[Any], Tensor]
-    """batch -> a meta tensor: shape and dtype of x"""
-    metrics: tuple[str, ...] = ()
-    """Names in LossOutput.metrics."""
+    carry: Callable[[Any], Tree]
+    """batch -> meta tensors: shapes and dtypes of x. Gradients come back for the floating ones."""
+    zero: LossOutput
+    """What `last` returns, all 0: the part of stages that do not come last."""
+    after: Callable[[Tree, Mapping[str, Tensor]], tuple[Tree, Mapping[str, Tensor]]] | None = None
+    """(this rank's pieces of the updated params, LossOutput.sums of the global batch) -> (params in
+    which what no gradient moves is set, further metrics)"""
 
     def __call__(self, params: Tree, batch: Any, key: Tensor) -> LossOutput:
         x = self.middle(params, self.first(params, batch), batch)
@@ -54,7 +65,8 @@ class Stages:
 
 
 Gradients = Callable[[Tree, Sequence[Any], Sequence[Tensor]], tuple[LossOutput, Tree]]
-"""(params, micro-batches, a key for each) -> (LossOutput, gradients of total), summed over them"""
+"""(params, micro-batches, a key for each) -> (LossOutput, gradients of its objective), summed over
+them"""
 
 
 def value_and_grad(loss_fn: LossFn) -> Gradients:
@@ -62,7 +74,7 @@ def value_and_grad(loss_fn: LossFn) -> Gradients:
 
     def one(leaves: list[Tensor], structure: Any, *rest: Any) -> tuple[LossOutput, list]:
         out = loss_fn(tree_unflatten(leaves, structure), *rest)
-        return _detach(out), _grads(out.total, leaves)
+        return _detach(out), _grads([out.objective], leaves)
 
     def function(params: Tree, micros: Sequence[Any], keys: Sequence[Tensor]):
         leaves, structure = _differentiable(params)
@@ -90,30 +102,38 @@ def pipelined_value_and_grad(loss: Stages, mesh: Mesh) -> Gradients:
 
     def function(params: Tree, micros: Sequence[Any], keys: Sequence[Tensor]):
         leaves, structure = _differentiable(params)
-        tree = tree_unflatten(leaves, structure)
-        sums: tuple[Any, Any] = (_no_output(loss, leaves), None)
-        held: dict[int, tuple[Tensor | None, Tensor]] = {}
+        tree, device = tree_unflatten(leaves, structure), leaves[0].device
+        sums: tuple[Any, Any] = (loss.zero, None)
+        held: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         for action, i in one_forward_one_backward(last + 1, len(micros), stage):
             if action == "forward":
-                x = None
+                x: list[Tensor] = []
                 if stage == 0:
                     y = loss.first(tree, micros[i])
                 else:
-                    x = y = link.receive(loss.carry(micros[i]), leaves[0].device).requires_grad_()
+                    y = _receive(link.receive, loss.carry(micros[i]), device)
+                    x = _floating(y)
                 y = loss.middle(tree, y, micros[i])
                 if stage == last:
                     out = loss.last(tree, y, micros[i], keys[i])
-                    y, sums = out.total, (tree_map(torch.add, sums[0], _detach(out)), sums[1])
+                    ends, sums = (
+                        [out.objective],
+                        (tree_map(torch.add, sums[0], _detach(out)), sums[1]),
+                    )
                 else:
-                    link.send(y.detach())
-                held[i] = (x, y)
+                    tree_map(lambda t: link.send(t.detach()), y)
+                    ends = _floating(y)
+                held[i] = (x, ends)
                 continue
-            x, y = held.pop(i)
-            grad = None if stage == last else link.receive_back(loss.carry(micros[i]), y.device)
-            wanted = leaves if x is None else [x, *leaves]
-            grads = _grads(y, wanted, grad)
-            if x is not None:
-                link.send_back(grads.pop(0))
+            x, ends = held.pop(i)
+            grads_of_ends = None
+            if stage != last:
+                of_carry = _floating(loss.carry(micros[i]))
+                grads_of_ends = [link.receive_back(like, device) for like in of_carry]
+            grads = _grads(ends, [*x, *leaves], grads_of_ends)
+            for like in x:
+                grad = grads.pop(0)
+                link.send_back(torch.zeros_like(like) if grad is None else grad)
             sums = sums[0], _add_grads(sums[1], _exact(grads, len(micros)))
         link.finish()
         return sums[0], tree_unflatten(_filled(sums[1], leaves), structure)
@@ -121,13 +141,25 @@ def pipelined_value_and_grad(loss: Stages, mesh: Mesh) -> Gradients:
     return function
 
 
+def _receive(receive: Callable[..., Tensor], like: Tree, device: torch.device) -> Tree:
+    """A stage's input; gradients are asked for what is floating."""
+    tree = tree_map(lambda t: receive(t, device), like)
+    for x in _floating(tree):
+        x.requires_grad_()
+    return tree
+
+
+def _floating(tree: Tree) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if x.is_floating_point()]
+
+
 def _differentiable(params: Tree) -> tuple[list[Tensor], Any]:
     leaves, structure = tree_flatten(params)
     return [leaf.detach().requires_grad_() for leaf in leaves], structure
 
 
-def _grads(y: Tensor, leaves: list[Tensor], grad: Tensor | None = None) -> list:
-    return list(torch.autograd.grad(y, leaves, grad, allow_unused=True))
+def _grads(ends: list[Tensor], leaves: list[Tensor], grads: list[Tensor] | None = None) -> list:
+    return list(torch.autograd.grad(ends, leaves, grads, allow_unused=True))
 
 
 def _detach(out: LossOutput) -> LossOutput:
@@ -160,24 +192,21 @@ def _filled(grads: list, leaves: list[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]
 
 
-def _no_output(loss: Stages, leaves: list[Tensor]) -> LossOutput:
-    dtype = torch.float64 if leaves[0].dtype == torch.float64 else torch.float32
-    zero = torch.zeros((), dtype=dtype, device=leaves[0].device)
-    return LossOutput(zero, zero, dict.fromkeys(loss.metrics, zero))
-
-
 def pipelined_loss(loss: Stages, mesh: Mesh) -> LossFn:
     link = Link(mesh.group("pp"))
     stage, last = link.group.index, link.group.size - 1
 
     def function(params: Tree, batch: Any, key: Tensor) -> LossOutput:
         device = tree_leaves(params)[0].device
-        x = loss.first(params, batch) if stage == 0 else link.receive(loss.carry(batch), device)
+        if stage == 0:
+            x = loss.first(params, batch)
+        else:
+            x = tree_map(lambda t: link.receive(t, device), loss.carry(batch))
         x = loss.middle(params, x, batch)
         if stage == last:
             return loss.last(params, x, batch, key)
-        link.send(x)
+        tree_map(link.send, x)
         link.finish()
-        return _no_output(loss, tree_leaves(params))
+        return loss.zero
 
     return function

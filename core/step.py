@@ -31,7 +31,14 @@ from omnistep.core.grad import (
 )
 from omnistep.core.optim import Optimizer
 from omnistep.core.param import Layout
-from omnistep.core.tree import Tree, pytree, tree_leaves, tree_map
+from omnistep.core.tree import (
+    Tree,
+    pytree,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
 from omnistep.parallel.collectives import all_reduce
 from omnistep.parallel.layout import to_local
 from omnistep.parallel.mesh import Mesh
@@ -113,7 +120,8 @@ def make_train_step(
 
     Metrics, all 0-d tensors, equal on every rank: loss (mean over the global weight), weight,
     grad_norm (before clipping), lr, skipped (1 where a non-finite norm left parameters and
-    optimizer state as they were; the step still counts), and the loss's own.
+    optimizer state as they were; the step still counts), and the loss's own. What the loss is
+    penalised by besides (LossOutput.penalties) is not part of `loss`.
     """
     mesh = None if layout is None else layout.mesh
     if mesh is not None and mesh.size("pp") > 1:
@@ -133,6 +141,19 @@ def make_train_step(
         return tuple(o.copy_(n) for o, n in zip(old, new, strict=True)) if donate else new
 
     update_leaf = compile_graph(new_leaf) if compile else new_leaf
+
+    def set_after(after: Any, params: Tree, sums: Any, finite: Tensor) -> tuple[Tree, Any]:
+        """What no gradient moves: of the updated parameters, those that the loss sets."""
+
+        def put(old: Tensor, local: Tensor, new: Tensor) -> Tensor:
+            if new is local:
+                return old
+            new = torch.where(finite, new, local)
+            return _put_into(old, new) if donate else _like(new, old)
+
+        local = tree_map(to_local, params)
+        new, metrics = after(local, sums)
+        return tree_map(put, params, local, new), metrics
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Tensor]]:
         micros = [batch] if accumulate == 1 else _unstack(batch, accumulate)
@@ -175,7 +196,11 @@ def make_train_step(
                 "lr": lr,
                 "skipped": (~finite).float(),
                 **{name: value * inverse_weight for name, value in out.metrics.items()},
+                **{name: value * inverse_weight for name, value in out.penalties.items()},
             }
+            if isinstance(loss_fn, Stages) and loss_fn.after is not None:
+                params, of_loss = set_after(loss_fn.after, params, out.sums, finite)
+                metrics |= of_loss
             opt_state = {**opt_state, "count": count}
             return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
@@ -211,11 +236,16 @@ def _sum_over_ranks(
     out: LossOutput, squares: Tensor, mesh: Mesh
 ) -> tuple[LossOutput, Float[Tensor, ""]]:
     """The sums over all ranks, by one message."""
-    names = sorted(out.metrics)
-    values = [out.total, out.weight, squares, *(out.metrics[name] for name in names)]
-    sums = all_reduce(torch.stack([v.double() for v in values]), mesh.world)
-    total, weight, squares, *rest = (s.to(v.dtype) for s, v in zip(sums, values, strict=True))
-    return LossOutput(total, weight, dict(zip(names, rest, strict=True))), squares
+    leaves, structure = tree_flatten((out, squares))
+    every = torch.cat([leaf.double().flatten() for leaf in leaves])
+    parts = all_reduce(every, mesh.world).split([leaf.numel() for leaf in leaves])
+    sums = [part.view(x.shape).to(x.dtype) for part, x in zip(parts, leaves, strict=True)]
+    return tree_unflatten(sums, structure)
+
+
+def _put_into(old: Tensor, new: Tensor) -> Tensor:
+    to_local(old).copy_(new)
+    return old
 
 
 def _flat(x: Tensor) -> Tensor:

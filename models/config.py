@@ -123,6 +123,11 @@ class Config:
         return self.latent.rope if self.latent else self.head_dim
 
     @property
+    def attention_scale(self) -> float:
+        """Scores are this times query times key."""
+        return self.head_dim**-0.5
+
+    @property
     def dense_layers(self) -> tuple[int, ...]:
         """Of a model with experts, the layers that have none, in order."""
         return tuple(sorted(self.experts.dense)) if self.experts else ()

@@ -15,15 +15,9 @@ from omnistep.core import rng
 from omnistep.core.compile import compile_graph
 from omnistep.core.tree import Tree, tree_map
 from omnistep.models.attention import attention, decode_attention
-from omnistep.models.decoder import (
-    Config,
-    attention_output,
-    mlp,
-    output_name,
-    project_qkv,
-    rope,
-    unstack,
-)
+from omnistep.models.block import attention_output, mlp, project_qkv
+from omnistep.models.config import Config
+from omnistep.models.decoder import output_name, rope, unstack
 from omnistep.models.layers import at_least_fp32, rms_norm
 
 CACHE_STEP = 256
@@ -73,7 +67,7 @@ def _prefill_layer(
     x: Tensor, w: dict[str, Tensor], cos: Tensor, sin: Tensor, starts: Tensor, cfg: Config, window
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = project_qkv(rms_norm(x, w["attn_norm"], cfg.norm_eps), w, cos, sin, cfg)
-    a = attention(q, k, v, starts, scale=cfg.head_dim**-0.5, window=window)
+    a = attention(q, k, v, starts, scale=cfg.attention_scale, window=window)
     x = x + attention_output(a, w)
     return x + mlp(rms_norm(x, w["mlp_norm"], cfg.norm_eps), w), k, v
 
@@ -87,7 +81,7 @@ def make_decode_layer(cfg: Config, window: int | None) -> Callable[..., Tensor]:
         k_cache.index_copy_(1, at.view(1), k)
         v_cache.index_copy_(1, at.view(1), v)
         a = decode_attention(
-            q, k_cache, v_cache, first, at, scale=cfg.head_dim**-0.5, window=window
+            q, k_cache, v_cache, first, at, scale=cfg.attention_scale, window=window
         )
         x = x + attention_output(a, w)
         return x + mlp(rms_norm(x, w["mlp_norm"], cfg.norm_eps), w)

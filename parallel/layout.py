@@ -24,12 +24,22 @@ from attrs import field, frozen
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from omnistep.parallel.mesh import AXES, Group, Mesh, MeshError
+from omnistep.parallel.mesh import AXES, EXPERT_AXES, Group, Mesh, MeshError
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero3"]
 
-COMPUTE = {"layers": "pp", "heads": "tp", "kv_heads": "tp", "mlp": "tp", "vocab": "tp"}
+COMPUTE = {
+    "layers": "pp",
+    "heads": "tp",
+    "kv_heads": "tp",
+    "mlp": "tp",
+    "vocab": "tp",
+    "experts": "ep",
+}
 """Name of a parameter's axis -> the axis of the mesh that cuts it while it is used."""
+STACKS = ("layers", "dense_layers")
+"""Axes along which the weights of layers are stacked. The few dense layers of a model with experts
+are not shared by the stages of a pipeline: each stage has them all and uses what it runs."""
 
 
 @frozen
@@ -77,7 +87,8 @@ def place(
                 f"{cut} may be {divisors(size)}"
             )
         compute.append(cut if parts > 1 else None)
-    rest = [a for a in AXES if mesh.size(a) > 1 and a not in compute]
+    rest = [a for a in (EXPERT_AXES if "ep" in compute else AXES) if a not in compute]
+    rest = [a for a in rest if mesh.size(a) > 1]
     shared = [a for a in rest if a != "dp_replicate"] if strategy != "ddp" else []
     gather = mesh.group(*shared) if shared else Group()
     dim = _rest_dimension(name, shape, axes, compute, gather)
@@ -106,10 +117,10 @@ def _rest_dimension(
 ) -> int | None:
     """The first dimension that is whole in use and divides. A vector stays whole: it would save
     little memory and cost messages in every layer instead of one a step."""
-    is_vector = len([axis for axis in axes if axis not in ("layers", "head_dim")]) <= 1
+    is_vector = len([axis for axis in axes if axis not in (*STACKS, "head_dim", "one")]) <= 1
     if gather.size == 1 or is_vector:
         return None
-    free = [i for i, axis in enumerate(axes) if axis != "layers" and compute[i] is None]
+    free = [i for i, axis in enumerate(axes) if axis not in STACKS and compute[i] is None]
     free.sort(key=lambda i: axes[i] == "head_dim")  # last: files hold heads x head_dim as one
     for i in free:
         if shape[i] % gather.size == 0:
@@ -144,16 +155,17 @@ def extent(
 
 def to_global(local: Tensor, place: Place, mesh: Mesh) -> Tensor:
     """This rank's piece as a DTensor of the whole; on one rank the tensor itself."""
-    if mesh.device_mesh is None:
+    device_mesh = mesh.expert_device_mesh if "ep" in place.compute else mesh.device_mesh
+    if device_mesh is None:
         return local
     cuts = place.cuts()
     placements: list[Placement] = [
-        Shard(cuts[axis]) if axis in cuts else Replicate() for axis in mesh.sizes
+        Shard(cuts[axis]) if axis in cuts else Replicate() for axis in mesh.view(*cuts)
     ]
     stride = torch.empty(place.shape, device="meta").stride()
     return DTensor.from_local(
         local,
-        mesh.device_mesh,
+        device_mesh,
         placements,
         run_check=False,
         shape=torch.Size(place.shape),

@@ -3,6 +3,10 @@ of ranks that talk to each other.
 
 Every rank of the job is one point of the mesh. Ranks are numbered in the order of AXES, the last
 axis fastest, so that neighbours (which share a machine) differ in the axis with the most traffic.
+
+Experts see the same ranks, in the same order, along other axes: of the ranks that differ in
+dp_shard, cp, ulysses and tp, which all hold different tokens, each `ep` neighbours share the
+experts (ep), and what each of them has is cut at rest over the rest of those ranks (ep_shard).
 """
 
 import itertools
@@ -18,6 +22,10 @@ _c10d = torch._C._distributed_c10d
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "ulysses", "tp")
 """Outermost first."""
+EXPERT_AXES = ("pp", "dp_replicate", "ep_shard", "ep")
+"""The same ranks as experts see them, where ep is above 1."""
+INSIDE = ("dp_shard", "cp", "ulysses", "tp")
+"""The axes that ep_shard and ep together are."""
 
 
 class MeshError(ValueError):
@@ -31,7 +39,7 @@ class Group:
     axes: tuple[str, ...] = ()
     size: int = 1
     index: int = 0
-    """This rank's place among them: row-major in the order of AXES."""
+    """This rank's place among them: row-major in the order of AXES (or EXPERT_AXES)."""
     name: str = ""
     """What the collectives know it by: the same on every rank, so that all compile one graph."""
 
@@ -46,24 +54,42 @@ class Mesh:
     groups: Mapping[tuple[str, ...], Group] = field(factory=dict)
     device_mesh: DeviceMesh | None = None
     """Of the axes larger than 1, for the DTensors of the state; None on one rank."""
+    expert_sizes: Mapping[str, int] = field(factory=dict)
+    """The same ranks along EXPERT_AXES; empty where ep is 1."""
+    expert_device_mesh: DeviceMesh | None = None
 
     def size(self, *axes: str) -> int:
         """Number of ranks along the axes together; an axis that is not named in `sizes` has 1."""
-        for axis in axes:
-            if axis not in AXES:
-                raise ValueError(f"the mesh has no axis {axis!r}; its axes are {', '.join(AXES)}")
-        return math.prod(self.sizes.get(axis, 1) for axis in axes)
+        sizes = self.view(*axes)
+        return math.prod(sizes.get(axis, 1) for axis in axes)
+
+    def view(self, *axes: str) -> Mapping[str, int]:
+        """The sizes of the axes larger than 1 in the view of the ranks that has these axes.
+
+        Raises ValueError where there is none.
+        """
+        if all(axis in AXES for axis in axes):
+            return self.sizes
+        if not all(axis in EXPERT_AXES for axis in axes):
+            unknown = [axis for axis in axes if axis not in (*AXES, *EXPERT_AXES)]
+            raise ValueError(
+                f"the mesh has no axis {unknown[0]!r}; its axes are {', '.join(AXES)}, for experts "
+                f"{', '.join(EXPERT_AXES)}"
+                if unknown
+                else f"{', '.join(axes)} are not axes of one view of the ranks"
+            )
+        return self.expert_sizes
 
     def group(self, *axes: str) -> Group:
         """The ranks along these axes together, in any order of names."""
-        self.size(*axes)
-        return self.groups.get(tuple(a for a in AXES if a in axes and self.size(a) > 1), Group())
+        sizes = self.view(*axes)
+        return self.groups.get(tuple(axis for axis in sizes if axis in axes), Group())
 
     def index(self, *axes: str, rank: int | None = None) -> int:
         """The place along the axes together of a rank of the mesh; None is this one."""
-        self.size(*axes)
-        index, inner = 0, math.prod(self.sizes.values())
-        for axis, size in self.sizes.items():
+        sizes = self.view(*axes)
+        index, inner = 0, math.prod(sizes.values())
+        for axis, size in sizes.items():
             inner //= size
             if axis in axes:
                 index = index * size + (self.rank if rank is None else rank) // inner % size
@@ -85,6 +111,7 @@ def make_mesh(sizes: Mapping[str, int], device: torch.device) -> Mesh:
     Collective: every rank makes the same groups in the same order. Raises MeshError where the
     sizes do not multiply to the number of ranks.
     """
+    experts = _expert_sizes(sizes)
     sizes = {axis: sizes[axis] for axis in AXES if sizes.get(axis, 1) > 1}
     world = dist.get_world_size() if dist.is_initialized() else 1
     if math.prod(sizes.values()) != world:
@@ -93,18 +120,48 @@ def make_mesh(sizes: Mapping[str, int], device: torch.device) -> Mesh:
     if not sizes:
         return Mesh(device)
     rank = dist.get_rank()
-    ranks = torch.arange(world).view(*sizes.values())
-    groups = {}
+    groups, device_mesh = _make_groups(sizes, rank, device, {})
+    if not experts:
+        return Mesh(device, sizes, rank, groups, device_mesh)
+    groups, expert_mesh = _make_groups(experts, rank, device, groups)
+    return Mesh(device, sizes, rank, groups, device_mesh, experts, expert_mesh)
+
+
+def _expert_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Of EXPERT_AXES, those larger than 1; none where experts are not shared."""
+    ep, inside = sizes.get("ep", 1), math.prod(sizes.get(axis, 1) for axis in INSIDE)
+    if ep == 1:
+        return {}
+    if inside % ep:
+        fit = [n for n in range(1, inside + 1) if inside % n == 0]
+        raise MeshError(
+            f"ep {ep} does not divide the {inside} ranks of {' x '.join(INSIDE)}; ep may be "
+            f"{', '.join(map(str, fit))}"
+        )
+    outer = {axis: sizes.get(axis, 1) for axis in EXPERT_AXES[:2]}
+    every = {**outer, "ep_shard": inside // ep, "ep": ep}
+    return {axis: size for axis, size in every.items() if size > 1}
+
+
+Groups = dict[tuple[str, ...], Group]
+
+
+def _make_groups(
+    sizes: Mapping[str, int], rank: int, device: torch.device, known: Groups
+) -> tuple[Groups, DeviceMesh]:
+    """A group for every choice of axes, besides the `known` ones; the DeviceMesh of all."""
+    ranks, groups = torch.arange(math.prod(sizes.values())).view(*sizes.values()), dict(known)
     for count in range(1, len(sizes) + 1):
         for axes in itertools.combinations(sizes, count):
-            groups[axes] = _make_group(axes, tuple(sizes), ranks, rank)
+            if axes not in groups:
+                groups[axes] = _make_group(axes, tuple(sizes), ranks, rank)
     device_mesh = DeviceMesh.from_group(
         [process_group(groups[(axis,)]) for axis in sizes],
         device.type,
         ranks,
         mesh_dim_names=tuple(sizes),
     )
-    return Mesh(device, sizes, rank, groups, device_mesh)
+    return groups, device_mesh
 
 
 def forget_groups() -> None:

@@ -1,0 +1,130 @@
+"""What a decoder learns: one tree of Params, derived from its Config."""
+
+from attrs import frozen
+
+from omnistep.core.param import Param, constant, normal
+from omnistep.core.tree import Tree
+from omnistep.models.config import Config, Experts, Latent
+
+
+@frozen
+class _Stack:
+    """Makes weights of `count` layers, one leaf for all."""
+
+    axis: str
+    count: int
+    std: float
+
+    def matrix(self, shape: tuple[int, ...], *axes: str) -> Param:
+        return Param((self.count, *shape), (self.axis, *axes), normal(self.std))
+
+    def vector(self, shape: tuple[int, ...], *axes: str, value: float = 0.0) -> Param:
+        return Param((self.count, *shape), (self.axis, *axes), constant(value), decay=False)
+
+
+def params(cfg: Config) -> Tree:
+    """The tree of Params: embed, layers.<weight> [layers, ...], final_norm, lm_head if untied.
+
+    With experts, `layers` are those that have some; those without are dense_layers.<weight>
+    [dense layers, ...]. router_bias [layers, experts], where there is one, gets no gradient.
+    """
+    tree = {
+        "embed": Param((cfg.vocab, cfg.embed), ("vocab", "embed"), normal(cfg.init_std)),
+        "layers": _layers(cfg, "layers", len(cfg.stacked_layers), cfg.experts),
+        "final_norm": Param((cfg.embed,), ("embed",), constant(1.0), decay=False),
+    }
+    if cfg.dense_layers:
+        tree["dense_layers"] = _layers(cfg, "dense_layers", len(cfg.dense_layers), None)
+    if cfg.experts and cfg.experts.bias:
+        shape = (len(cfg.stacked_layers), cfg.experts.count)
+        bias = Param(shape, ("layers", "choices"), constant(0.0), decay=False, exact=True)
+        tree["router_bias"] = bias
+    if not cfg.tied:
+        tree["lm_head"] = Param((cfg.vocab, cfg.embed), ("vocab", "embed"), normal(cfg.init_std))
+    return tree
+
+
+def _layers(cfg: Config, axis: str, count: int, experts: Experts | None) -> dict[str, Param]:
+    stack = _Stack(axis, count, cfg.init_std)
+    attention = _attention(cfg, stack) if cfg.latent is None else _latent(cfg, cfg.latent, stack)
+    return {
+        "attn_norm": stack.vector((cfg.embed,), "embed", value=1.0),
+        **attention,
+        "mlp_norm": stack.vector((cfg.embed,), "embed", value=1.0),
+        **(_mlp(cfg, stack) if experts is None else _experts(cfg, experts, stack)),
+    }
+
+
+def _attention(cfg: Config, stack: _Stack) -> dict[str, Param]:
+    D, H, K, E = cfg.embed, cfg.heads, cfg.kv_heads, cfg.head_dim
+    layers = {
+        "q": stack.matrix((H, E, D), "heads", "head_dim", "embed"),
+        "k": stack.matrix((K, E, D), "kv_heads", "head_dim", "embed"),
+        "v": stack.matrix((K, E, D), "kv_heads", "head_dim", "embed"),
+        "o": stack.matrix((D, H, E), "embed", "heads", "head_dim"),
+    }
+    if cfg.qk_norm:
+        layers["q_norm"] = stack.vector((E,), "head_dim", value=1.0)
+        layers["k_norm"] = stack.vector((E,), "head_dim", value=1.0)
+    if cfg.qkv_bias:
+        layers["q_bias"] = stack.vector((H, E), "heads", "head_dim")
+        layers["k_bias"] = stack.vector((K, E), "kv_heads", "head_dim")
+        layers["v_bias"] = stack.vector((K, E), "kv_heads", "head_dim")
+    if cfg.out_bias:
+        layers["o_bias"] = stack.vector((D,), "embed")
+    return layers
+
+
+def _latent(cfg: Config, latent: Latent, stack: _Stack) -> dict[str, Param]:
+    D, H, E = cfg.embed, cfg.heads, cfg.head_dim
+    if latent.q is None:
+        layers = {"q": stack.matrix((H, E, D), "heads", "head_dim", "embed")}
+    else:
+        layers = {
+            "q_a": stack.matrix((latent.q, D), "latent", "embed"),
+            "q_a_norm": stack.vector((latent.q,), "latent", value=1.0),
+            "q_b": stack.matrix((H, E, latent.q), "heads", "head_dim", "latent"),
+        }
+        if cfg.qkv_bias:
+            layers["q_a_bias"] = stack.vector((latent.q,), "latent")
+    wide, both = latent.kv + latent.rope, latent.nope + latent.value
+    layers["kv_a"] = stack.matrix((wide, D), "latent", "embed")
+    layers["kv_a_norm"] = stack.vector((latent.kv,), "latent", value=1.0)
+    layers["kv_b"] = stack.matrix((H, both, latent.kv), "heads", "head_dim", "latent")
+    layers["o"] = stack.matrix((D, H, latent.value), "embed", "heads", "head_dim")
+    if cfg.qkv_bias:
+        layers["kv_a_bias"] = stack.vector((wide,), "latent")
+    if cfg.out_bias:
+        layers["o_bias"] = stack.vector((D,), "embed")
+    return layers
+
+
+def _mlp(cfg: Config, stack: _Stack) -> dict[str, Param]:
+    D, M = cfg.embed, cfg.mlp
+    layers = {
+        "gate": stack.matrix((M, D), "mlp", "embed"),
+        "up": stack.matrix((M, D), "mlp", "embed"),
+        "down": stack.matrix((D, M), "embed", "mlp"),
+    }
+    if cfg.mlp_bias:
+        layers["gate_bias"] = stack.vector((M,), "mlp")
+        layers["up_bias"] = stack.vector((M,), "mlp")
+        layers["down_bias"] = stack.vector((D,), "embed")
+    return layers
+
+
+def _experts(cfg: Config, experts: Experts, stack: _Stack) -> dict[str, Param]:
+    D, X, M, S = cfg.embed, experts.count, experts.mlp, experts.shared
+    layers = {
+        "router": stack.matrix((X, D), "choices", "embed"),
+        "expert_gate": stack.matrix((X, M, D), "experts", "expert_mlp", "embed"),
+        "expert_up": stack.matrix((X, M, D), "experts", "expert_mlp", "embed"),
+        "expert_down": stack.matrix((X, D, M), "experts", "embed", "expert_mlp"),
+    }
+    if S:
+        layers["shared_gate"] = stack.matrix((S, D), "mlp", "embed")
+        layers["shared_up"] = stack.matrix((S, D), "mlp", "embed")
+        layers["shared_down"] = stack.matrix((D, S), "embed", "mlp")
+        if experts.shared_gated:
+            layers["shared_router"] = stack.matrix((1, D), "one", "embed")
+    return layers
