@@ -26,6 +26,7 @@ from omnistep.data.sources import Described, open_reader
 from omnistep.data.steps import packed_steps, padded_steps
 from omnistep.data.tokenizer import Tokenizer, load_tokenizer
 from omnistep.models import decoder, hf
+from omnistep.models.cost import active
 from omnistep.parallel import mesh as meshes
 from omnistep.parallel.layout import Strategy
 from omnistep.parallel.mesh import Mesh, MeshError
@@ -89,6 +90,11 @@ def make_layout(args: TrainArguments, model: Model, mesh: Mesh) -> Layout:
     if args.data_parallel_mode != "ddp":
         strategy = "zero3" if args.enable_full_shard else "zero2"
     dtype, bucket = compute_dtype(args, model), args.data_parallel_mode == "fsdp1"
+    if args.expert_parallel_size > 1 and model.cfg.experts is None:
+        raise RunError(
+            f"train.expert_parallel_size = {args.expert_parallel_size}, but a "
+            f"{model.raw['model_type']} has no experts to share; set it to 1"
+        )
     try:
         decoder.check_mesh(model.cfg, mesh)
         return param.make_layout(model.tree, mesh, strategy, dtype, bucket=bucket)
@@ -289,8 +295,10 @@ def checkpoint_place(path: str) -> tuple[Place, int | None]:
 
 
 def mesh_text(mesh: Mesh, args: TrainArguments) -> str:
-    """`8 ranks: dp_shard 4 x tp 2, cpu, fsdp2`"""
+    """`8 ranks: dp_shard 4 x tp 2, experts over 4, cpu, fsdp2`"""
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.sizes.items())
+    if (ep := mesh.size("ep")) > 1:
+        shape += f", experts over {ep}"
     ranks = f"{mesh.world.size} ranks: {shape}" if shape else "1 rank"
     return f"{ranks}, {mesh.device.type}, {args.data_parallel_mode}"
 
@@ -300,6 +308,10 @@ def describe(args: Arguments, model: Model, data: Data, mesh: Mesh) -> str:
     cfg, train = model.cfg, args.train
     total = param.count(model.tree)
     outer = cfg.vocab * cfg.embed * (1 if cfg.tied else 2)
+    size = f"{total / 1e6:.1f} M parameters ({(total - outer) / 1e6:.1f} M without embeddings"
+    if cfg.experts:
+        size += f", {active(cfg) / 1e6:.1f} M for each token: {cfg.experts.top_k} of "
+        size += f"{cfg.experts.count} experts"
     rows = math.prod((train.micro_batch_size, data.accumulate, mesh.data_ranks))
     packing = "cu_seqlens" if train.rmpad else "positions" if train.rmpad_with_pos_ids else None
     tokens = rows * args.data.max_seq_len
@@ -307,8 +319,7 @@ def describe(args: Arguments, model: Model, data: Data, mesh: Mesh) -> str:
     compute = str(compute_dtype(train, model)).removeprefix("torch.")
     start = args.model.model_path or f"random, seed {train.seed}"
     lines = {
-        "model": f"{model.raw['model_type']}, {total / 1e6:.1f} M parameters "
-        f"({(total - outer) / 1e6:.1f} M without embeddings), from {start}",
+        "model": f"{model.raw['model_type']}, {size}), from {start}",
         "mesh": mesh_text(mesh, train),
         "numbers": f"weights {weights}, compute {compute}, {train.optimizer}, "
         f"recomputation {remat_mode(train)}, "

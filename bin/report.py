@@ -79,12 +79,14 @@ def report(
     """Reads a step's metrics (which waits for it), logs them, counts; stops a run gone wrong."""
     if done is None:
         return position
-    values = {name: float(value) for name, value in done.metrics.items()}
+    values = {name: float(value) for name, value in done.metrics.items() if not value.ndim}
     skipped = position.meters["skipped"] + 1 if values["skipped"] else 0.0
     meters = {"tokens": position.meters["tokens"] + values["weight"], "skipped": skipped}
     speed = meter.read(done.step, values["weight"], done.batch, done.waited)
     fed = fed_by(done.data, meter.data.loader.reader.names)
-    logger.log(done.step, {**values, **speed, **fed, **meter.saves(), "tokens": meters["tokens"]})
+    used = {n: value.double().mean(0).tolist() for n, value in done.metrics.items() if value.ndim}
+    row = {**values, **used, **speed, **fed, **meter.saves(), "tokens": meters["tokens"]}
+    logger.log(done.step, row)
     if not meters["tokens"] and done.step >= min(most_skipped, meter.data.total_steps):
         raise RunError(
             f"{done.step} steps had no token to learn: the samples of data.train_path are empty"

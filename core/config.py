@@ -217,7 +217,11 @@ class TrainArguments:
         1, "ranks that share the sequence, trading it for heads around attention", POSITIVE
     )
     context_parallel_size: int = arg(1, "ranks that share the sequence by ring attention", POSITIVE)
-    expert_parallel_size: int = arg(1, "ranks that share the experts", POSITIVE)
+    expert_parallel_size: int = arg(
+        1,
+        "ranks that share the experts; divides ranks / (pipeline stages * copies of the state)",
+        POSITIVE,
+    )
     load_checkpoint_path: str | None = arg(
         None, "checkpoint to resume from; auto: the newest complete one of this run", path=True
     )

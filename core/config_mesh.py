@@ -14,6 +14,7 @@ MODEL_AXES: Mapping[str, str] = {
 """The axes along which ranks share the work on the same samples, and their arguments."""
 
 REPLICAS = "train.data_parallel_replicate_size"
+EXPERTS = "train.expert_parallel_size"
 
 
 def data_ranks(train: TrainArguments, world_size: int) -> int:
@@ -23,14 +24,18 @@ def data_ranks(train: TrainArguments, world_size: int) -> int:
 
 
 def mesh_sizes(train: TrainArguments, world_size: int) -> dict[str, int]:
-    """Sizes of pp, dp_replicate, dp_shard, cp, ulysses and tp; their product is `world_size`.
+    """Sizes of pp, dp_replicate, dp_shard, cp, ulysses and tp, whose product is `world_size`, and
+    of ep, which divides the product of the last four.
 
     The data ranks all replicate with ddp. With fsdp1 and fsdp2, and with use_doptim, they are
-    data_parallel_replicate_size copies of a state that is sharded over the rest. For arguments
-    that `config_rules.resolve` let pass with this number of ranks.
+    data_parallel_replicate_size copies of a state that is sharded over the rest. (With ddp and ep
+    they are dp_shard, over which experts can be shared; all else is replicated nevertheless.) For
+    arguments that `config_rules.resolve` let pass with this number of ranks.
     """
     sizes, ranks = _sizes(train), data_ranks(train, world_size)
-    replicas = train.data_parallel_replicate_size if _shards(train) else ranks
+    replicas = train.data_parallel_replicate_size
+    if not _shards(train) and train.expert_parallel_size == 1:
+        replicas = ranks
     return {
         "pp": sizes["pp"],
         "dp_replicate": replicas,
@@ -38,6 +43,7 @@ def mesh_sizes(train: TrainArguments, world_size: int) -> dict[str, int]:
         "cp": sizes["cp"],
         "ulysses": sizes["ulysses"],
         "tp": sizes["tp"],
+        "ep": train.expert_parallel_size,
     }
 
 
@@ -56,7 +62,26 @@ def mesh_problems(args: Arguments, world_size: int) -> Iterator[Problem]:
     if world_size % together:
         yield Problem(names, _does_not_divide(names, together, world_size))
         return
+    yield from _experts(args, world_size)
     yield from _row(args)
+
+
+def _experts(args: Arguments, world_size: int) -> Iterator[Problem]:
+    """Experts are shared by ranks that hold different tokens of one copy of the state."""
+    names = tuple(n for n in (MODEL_AXES["pp"], REPLICAS) if value_of(args, n) > 1)
+    ep, copies = args.train.expert_parallel_size, math.prod(value_of(args, n) for n in names)
+    inside = world_size // copies
+    if ep < 1 or inside % ep == 0:
+        return
+    fit = _or([size for size in range(1, inside + 1) if inside % size == 0])
+    running = "1 rank is" if inside == 1 else f"{inside} ranks are"
+    yield Problem(
+        (EXPERTS, *names),
+        f"the experts are shared by the {inside} ranks of each of {copies} stages and copies of "
+        f"the state: it may be {fit}"
+        if names
+        else f"{running} running: it may be {fit}, or start {ep} ranks or more (--nproc {ep})",
+    )
 
 
 def split_names(args: Arguments) -> tuple[str, ...]:

@@ -39,7 +39,6 @@ NOT_YET: Mapping[str, tuple[Any, ...]] = {
     "train.enable_fsdp_offload": (False,),
     "train.enable_activation_offload": (False,),
     "train.activation_gpu_limit": (0.0,),
-    "train.expert_parallel_size": (1,),
 }
 """Arguments not every value of which is available yet, and the values that are."""
 

@@ -1,7 +1,8 @@
 """What a run tells the world: metrics.jsonl, a progress bar, wandb, a picture of the loss.
 
-Everything here takes plain floats by name. These names are shown on the bar: loss,
-tokens_per_second, mfu, eta_seconds, data_wait_share; the plot knows loss, lr and eval_loss.
+Everything here takes plain floats by name; metrics.jsonl also lists of them. These names are shown
+on the bar: loss, expert_imbalance, tokens_per_second, mfu, eta_seconds, data_wait_share; the plot
+knows loss, lr and eval_loss.
 """
 
 import json
@@ -23,7 +24,7 @@ from attrs import define, field, frozen
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-Metrics = Mapping[str, float]
+Metrics = Mapping[str, float | list[float]]
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -65,9 +66,10 @@ class Logger:
             return
         self._file.write(json.dumps({"step": step, **_finite(metrics)}) + "\n")
         self._file.flush()
+        numbers = {name: x for name, x in metrics.items() if not isinstance(x, list)}
         if self.wandb is not None:
-            self.wandb.log(step, metrics)
-        line, now = status(metrics), time.monotonic()
+            self.wandb.log(step, numbers)
+        line, now = status(numbers), time.monotonic()
         if self._bar is not None:
             self._bar.show(step, line)
         elif line and (now - self._said >= self.interval or step >= self.total_steps):
@@ -102,11 +104,12 @@ class Logger:
 _PLAIN: Any = {"markup": False, "highlight": False, "soft_wrap": True}
 
 
-def status(metrics: Metrics) -> str:
+def status(metrics: Mapping[str, float]) -> str:
     """`loss 2.3456 · 12.3k tokens/s · MFU 45.1% · ETA 0:12:34 · data wait 1.2%`, what is there."""
     shown = {
         "loss": lambda x: f"loss {x:.4f}",
         "eval_loss": lambda x: f"eval loss {x:.4f}",
+        "expert_imbalance": lambda x: f"expert imbalance {x:.2f}",
         "tokens_per_second": lambda x: f"{_short(x)} tokens/s",
         "mfu": lambda x: f"MFU {x:.1%}",
         "eta_seconds": lambda x: f"ETA {_clock(x)}",
@@ -172,9 +175,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _finite(metrics: Metrics) -> dict[str, float | None]:
+def _finite(metrics: Metrics) -> dict[str, Any]:
     """JSON has no NaN and no infinity: null stands for them."""
-    return {name: x if math.isfinite(x) else None for name, x in metrics.items()}
+
+    def one(x: float) -> float | None:
+        return x if math.isfinite(x) else None
+
+    return {n: list(map(one, x)) if isinstance(x, list) else one(x) for n, x in metrics.items()}
 
 
 # ---- wandb
@@ -208,7 +215,7 @@ class Wandb:
         self._thread = threading.Thread(target=self._run, name="wandb", daemon=True)
         self._thread.start()
 
-    def log(self, step: int, metrics: Metrics) -> None:
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._off.is_set():
             return
         try:

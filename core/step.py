@@ -118,10 +118,10 @@ def make_train_step(
         donate: the new state takes over the buffers of the old one, which must not be used
             afterwards. False keeps the old state, at the price of a second copy.
 
-    Metrics, all 0-d tensors, equal on every rank: loss (mean over the global weight), weight,
-    grad_norm (before clipping), lr, skipped (1 where a non-finite norm left parameters and
-    optimizer state as they were; the step still counts), and the loss's own. What the loss is
-    penalised by besides (LossOutput.penalties) is not part of `loss`.
+    Metrics, equal on every rank, 0-d tensors: loss (mean over the global weight; what the loss is
+    penalised by besides, LossOutput.penalties, stands beside it), weight, grad_norm (before
+    clipping), lr, skipped (1 where a non-finite norm left parameters and optimizer state as they
+    were; the step still counts). And the loss's own, which may have any shape.
     """
     mesh = None if layout is None else layout.mesh
     if mesh is not None and mesh.size("pp") > 1:

@@ -73,7 +73,7 @@ def test_a_process_ends_with_the_message_and_its_code(files, tmp_path):
         ("--train.global_batch_size=3", r"multiple of micro_batch_size.*2 or 4"),
         ("--train.max_steps=0", r"train\.max_steps = 0 .*at least 1"),
         ("--train.rmpad=true", r"rmpad_with_pos_ids.*one of them"),
-        ("--train.expert_parallel_size=2", r"train\.expert_parallel_size = 2.*not available yet"),
+        ("--train.expert_parallel_size=2", r"train\.expert_parallel_size = 2.*--nproc 2"),
         ("--train.tensor_parallel_size=2", r"train\.tensor_parallel_size = 2.*--nproc 2"),
         ("--train.dyn_bsz_margin=64", r"below the 64 tokens"),
         ("--train.lr", r"train\.lr.*needs a value"),

@@ -369,7 +369,7 @@ def test_help_lists_every_argument_with_type_default_and_meaning(command: Comman
         assert "--train.lr NUMBER (default: 5e-05)" in text
         assert "--train.lr_decay_style constant|linear|cosine (default: cosine)" in text
         assert "--data.text_keys NAMES (default: content_split or text, or messages" in text
-        assert "--train.expert_parallel_size INTEGER (default: 1; only 1 for now)" in text
+        assert "--train.activation_gpu_limit NUMBER (default: 0.0; only 0.0 for now)" in text
 
 
 def test_help_is_asked_for():

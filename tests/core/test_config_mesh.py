@@ -22,6 +22,7 @@ def options(text: str) -> list[str]:
     """`tp=2 rows=3 length=8 lr=1` as words of a command line."""
     long = {axis: f"train.{name}_parallel_size" for axis, name in SHORT.items()} | {
         "copies": "train.data_parallel_replicate_size",
+        "ep": "train.expert_parallel_size",
         "mode": "train.data_parallel_mode",
         "rows": "train.micro_batch_size",
         "length": "data.max_seq_len",
@@ -64,13 +65,15 @@ def one(text: str, world_size: int) -> str:
             96,
             {"tp": 2, "pp": 3, "ulysses": 2, "cp": 2, "dp_replicate": 2, "dp_shard": 2},
         ),
+        ("ep=4 mode=fsdp2", 8, {"dp_shard": 8, "ep": 4}),
+        ("ep=4 tp=2 pp=2", 16, {"dp_shard": 4, "tp": 2, "pp": 2, "ep": 4}),
+        ("ep=2 mode=fsdp2 copies=2", 8, {"dp_replicate": 2, "dp_shard": 4, "ep": 2}),
     ],
 )
 def test_sizes_of_the_mesh(given: str, ranks: int, sizes: dict[str, int]):
     found = mesh_sizes(resolved(given, ranks).train, ranks)
-    assert found == dict.fromkeys(AXES, 1) | sizes
-    assert tuple(found) == AXES
-    assert math.prod(found.values()) == ranks
+    assert found == dict.fromkeys((*AXES, "ep"), 1) | sizes
+    assert math.prod(found[axis] for axis in AXES) == ranks
     in_data = found["dp_replicate"] * found["dp_shard"]
     assert data_ranks(resolved(given, ranks).train, ranks) == in_data
 
@@ -118,6 +121,15 @@ def test_the_global_batch_counts_data_ranks():
         ),
         ("mode=fsdp2 global_batch_size=3", 8, ["= 1 * 8 = 8; nearest: 8"]),
         ("tp=0", 4, ["train.tensor_parallel_size = 0", "must be at least 1"]),
+        ("ep=3", 4, ["expert_parallel_size = 3", "4 ranks are running: it may be 1, 2 or 4"]),
+        (
+            "ep=4 pp=2 mode=fsdp2 copies=2",
+            8,
+            [
+                *("expert_parallel_size = 4", "pipeline_parallel_size = 2", "replicate_size = 2"),
+                "by the 2 ranks of each of 4 stages and copies of the state: it may be 1 or 2",
+            ],
+        ),
         ("mode=fsdp2 copies=0", 4, ["must be at least 1"]),
     ],
 )
