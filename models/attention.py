@@ -13,7 +13,8 @@ from omnistep.models.attention_cpu import attention_cpu
 from omnistep.models.attention_cuda import attention_cuda, first_seen, flash_takes
 from omnistep.models.attention_ring import attention_in_ring, seen_at_hops
 from omnistep.models.attention_ring_cuda import flash_in_ring
-from omnistep.parallel.mesh import Group
+from omnistep.models.layers import at_least_fp32
+from omnistep.parallel.mesh import ALONE, Group
 from omnistep.parallel.ring import local_chunks
 
 SAVED_OPS = frozenset(
@@ -37,6 +38,7 @@ def attention(
     scale: float,
     window: int | None,
     max_samples: int | None = None,
+    sinks: Float[Tensor, " heads"] | None = None,
 ) -> Float[Tensor, "rows seq heads head_dim"]:
     """softmax(scale q k^T) v, token i over tokens max(starts[i], i - window + 1) .. i of its row.
 
@@ -47,12 +49,17 @@ def attention(
         max_samples: a bound on the samples of a row (a run of padding counts as one), where one is
             known. It lets half-precision CUDA tensors use varlen_attn, whose cost grows with it;
             without it they use flex_attention. No meaning on other devices.
+        sinks: a score that every token of a head has besides, of a key without a value (gpt-oss).
+            On CUDA attention with sinks computes every score in plain operators.
 
     Raises:
         ValueError: shapes, dtypes or the window do not fit together; on CPU also where `starts` is
             not the start of any sample.
     """
     _check(q, k, v, starts, window)
+    if sinks is not None:
+        seen = seen_at_hops(first_seen(starts, window), ALONE)
+        return attention_in_ring(q, k, v, seen, ALONE, scale, sinks)
     if q.device.type == "cuda":
         return attention_cuda(q, k, v, starts, scale=scale, window=window, max_samples=max_samples)
     return attention_cpu(q, k, v, starts, scale, window)[0]
@@ -68,6 +75,7 @@ def ring_attention(
     scale: float,
     window: int | None,
     max_samples: int | None = None,
+    sinks: Float[Tensor, " heads"] | None = None,
 ) -> Float[Tensor, "rows local heads head_dim"]:
     """`attention` of rows that are cut over the ranks of `group`; on one rank it is `attention`.
 
@@ -79,19 +87,24 @@ def ring_attention(
         q, k, v: of this rank's tokens, local = seq / group.size, in the order of `local_chunks`.
         starts: as for `attention`, of the whole rows in their natural order, on every rank.
         max_samples: as for `attention`. On CUDA only half precision with it and without a window
-            is fast; the rest computes every score in plain operators.
+            or sinks is fast; the rest computes every score in plain operators.
+        sinks: as for `attention`; their gradient is this rank's tokens' part.
 
     Raises:
         ValueError: as `attention` does; also where seq is not a multiple of 2 * group.size.
     """
     if group.size == 1:
-        return attention(q, k, v, starts, scale=scale, window=window, max_samples=max_samples)
+        return attention(
+            q, k, v, starts, scale=scale, window=window, max_samples=max_samples, sinks=sinks
+        )
     local_chunks(starts.shape[1], group)
     _check(q, k, v, starts, window, group.size)
     seen = seen_at_hops(first_seen(starts, window), group)
-    if q.device.type == "cuda" and window is None and max_samples is not None and flash_takes(q):
+    plain = window is not None or sinks is not None or max_samples is None or not flash_takes(q)
+    if q.device.type == "cuda" and not plain:
+        assert max_samples is not None
         return flash_in_ring(q, k, v, starts, seen, group, scale, max_samples)
-    return attention_in_ring(q, k, v, seen, group, scale)
+    return attention_in_ring(q, k, v, seen, group, scale, sinks)
 
 
 def decode_attention(
@@ -103,6 +116,7 @@ def decode_attention(
     *,
     scale: float,
     window: int | None,
+    sinks: Float[Tensor, " heads"] | None = None,
 ) -> Float[Tensor, "rows 1 heads head_dim"]:
     """One new token's attention over a cache of static length, for generation.
 
@@ -112,6 +126,7 @@ def decode_attention(
     Args:
         first: index of each row's first valid entry (rows padded on the left begin late).
         last: index of the newest entry, the token's own, for all rows or for each.
+        sinks: as for `attention`.
     """
     rows, one, heads, head_dim = q.shape
     _, max_len, kv_heads, _ = k_cache.shape
@@ -129,6 +144,13 @@ def decode_attention(
     # The group of query heads that share a key/value head takes the place of the query sequence:
     # nothing is repeated, and the caches are read where they lie.
     grouped = q.reshape(rows, kv_heads, heads // kv_heads, head_dim)
+    if sinks is not None:
+        scores = torch.einsum("rkgd,rlkd->rkgl", grouped, k_cache) * scale
+        scores = at_least_fp32(scores).masked_fill(~seen[:, None, None], float("-inf"))
+        sink = sinks.to(scores.dtype).view(1, kv_heads, -1, 1).expand(rows, -1, -1, 1)
+        weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1].to(q.dtype)
+        out = torch.einsum("rkgl,rlkd->rkgd", weights, v_cache)
+        return out.reshape(rows, 1, heads, head_dim)
     out = torch.nn.functional.scaled_dot_product_attention(
         grouped,
         k_cache.transpose(1, 2),

@@ -115,6 +115,7 @@ def attention_in_ring(
     seen: tuple[Int[Tensor, "2 rows local"], ...],
     group: Group,
     scale: float,
+    sinks: Float[Tensor, " heads"] | None = None,
 ) -> Float[Tensor, "rows local heads head_dim"]:
     """See `omnistep.models.attention.ring_attention`; `seen` is what seen_at_hops returns."""
 
@@ -124,7 +125,7 @@ def attention_in_ring(
     def part_backward(grad, q, k, v, out, lse, seen, in_flight):
         return attention_part_backward(grad, q, k, v, out, lse, seen, scale, in_flight)
 
-    return ring(part, part_backward, group, q, k, v, seen)
+    return ring(part, part_backward, group, q, k, v, seen, sinks)
 
 
 def seen_at_hops(

@@ -15,9 +15,7 @@ from omnistep.models.config import Config
 from omnistep.models.layers import rms_norm, rotary
 from omnistep.models.moe import Dispatch, route, work_on_experts
 from omnistep.parallel.collectives import all_gather, all_to_all, reduce_scatter
-from omnistep.parallel.mesh import Group, Mesh, MeshError
-
-ALONE = Group()
+from omnistep.parallel.mesh import ALONE, Group, Mesh, MeshError
 
 
 def project_qkv(

@@ -23,20 +23,14 @@ from omnistep.core.tree import Tree
 from omnistep.models import attention, moe
 from omnistep.models.attention_cpu import start_compiling
 from omnistep.models.balance import make_balance
-from omnistep.models.block import (
-    ALONE,
-    check_mesh,
-    dense_block,
-    expert_block,
-    ranks_of,
-)
+from omnistep.models.block import check_mesh, dense_block, expert_block, ranks_of
 from omnistep.models.config import Config
 from omnistep.models.layers import rms_norm, rope_angles, rope_frequencies
 from omnistep.models.loss import make_linear_cross_entropy
 from omnistep.models.moe import Dispatch
 from omnistep.models.params import params
 from omnistep.parallel.collectives import all_gather, reduce_scatter
-from omnistep.parallel.mesh import Group, Mesh
+from omnistep.parallel.mesh import ALONE, Group, Mesh
 from omnistep.parallel.remat import Remat, remat
 from omnistep.parallel.sequence import share
 from omnistep.parallel.unshard import unshard

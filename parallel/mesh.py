@@ -44,6 +44,10 @@ class Group:
     """What the collectives know it by: the same on every rank, so that all compile one graph."""
 
 
+ALONE = Group()
+"""This rank only."""
+
+
 @frozen(eq=False)
 class Mesh:
     """Sizes of the axes that are larger than 1, and this rank's device."""

@@ -84,6 +84,7 @@ def ring(
     k: Tensor,
     v: Tensor,
     seen: tuple[Tensor, ...],
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """What `part` gives when it has gone over the keys of all ranks. Differentiable.
 
@@ -101,11 +102,12 @@ def ring(
     Args:
         k, v: of one shape and dtype, the same on all ranks.
         seen: for each hop, what `part` must know of the queries here and the keys of `holder`.
+        sinks: [heads]; a score that each query of a head has besides, of a key without a value.
     """
     place = (group.size, group.index, group.name)
     if not torch.is_grad_enabled():  # dynamo loses the context of a Function that needs none
-        return _around(part, *place, q, k, v, seen)[0].to(q.dtype)
-    return _Ring.apply(part, part_backward, *place, q, k, v, *seen)  # pyright: ignore
+        return _around(part, *place, q, k, v, sinks, seen)[0].to(q.dtype)
+    return _Ring.apply(part, part_backward, *place, q, k, v, sinks, *seen)  # pyright: ignore
 
 
 def _around(
@@ -116,9 +118,10 @@ def _around(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
     seen: tuple[Tensor, ...],
 ) -> State:
-    state, kv = None, torch.stack([k, v])
+    state, kv = None if sinks is None else _only_sinks(q, sinks), torch.stack([k, v])
     for hop in range(size):
         coming = _send(kv, size, index, name) if hop < size - 1 else None
         state = part(q, kv[0], kv[1], seen[hop], state, [] if coming is None else [coming])
@@ -126,6 +129,21 @@ def _around(
             kv = _wait(coming).view(kv.shape)
     assert state is not None
     return state
+
+
+def _only_sinks(q: Tensor, sinks: Tensor) -> State:
+    """The state before any key: what q attends to adds nothing to its output."""
+    rows, queries, heads, _ = q.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse = sinks.to(dtype)[:, None].expand(rows, heads, queries).contiguous()
+    return torch.zeros_like(q, dtype=dtype, memory_format=torch.contiguous_format), lse
+
+
+def _sinks_grad(sinks: Tensor, grad: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    """The gradient by a score that has no value: minus its share of the weight times grad . out."""
+    along = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
+    share = (sinks.to(lse.dtype)[:, None] - lse).exp()
+    return -(share * along).sum((0, 2)).to(sinks.dtype)
 
 
 def _send(x: Tensor, size: int, index: int, name: str) -> Tensor:
@@ -152,10 +170,10 @@ def _(k, v, grad):
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, part, part_backward, size, index, name, q, k, v, *seen):  # pyright: ignore[reportIncompatibleMethodOverride]
-        out, lse = _around(part, size, index, name, q, k, v, seen)
+    def forward(ctx, part, part_backward, size, index, name, q, k, v, sinks, *seen):  # pyright: ignore[reportIncompatibleMethodOverride]
+        out, lse = _around(part, size, index, name, q, k, v, sinks, seen)
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse, *seen)
+        ctx.save_for_backward(q, k, v, sinks, out, lse, *seen)
         ctx.ring = (part_backward, size, index, name)
         return out
 
@@ -163,7 +181,7 @@ class _Ring(torch.autograd.Function):
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         part_backward, *ring = ctx.ring
         size = ring[0]
-        q, k, v, out, lse, *seen = ctx.saved_tensors
+        q, k, v, sinks, out, lse, *seen = ctx.saved_tensors
         q_grad, mine, kv_grad, kv = None, None, None, _message(k, v, grad)
         for hop in range(size):
             coming = _send(kv, *ring) if hop < size - 1 else None
@@ -178,7 +196,9 @@ class _Ring(torch.autograd.Function):
                 kv_grad = _send(of_kv, *ring)
             if coming is not None:
                 kv = _wait(coming).view(kv.shape)
-        assert kv_grad is not None
         assert mine is not None
-        k_grad, v_grad = (_wait(kv_grad).view(kv.shape) + mine).to(k.dtype).unbind(0)
-        return (*[None] * 5, q_grad.to(q.dtype), k_grad, v_grad, *[None] * size)  # pyright: ignore
+        if kv_grad is not None:
+            mine = _wait(kv_grad).view(kv.shape) + mine
+        k_grad, v_grad = mine.to(k.dtype).unbind(0)
+        sinks_grad = None if sinks is None else _sinks_grad(sinks, grad, out, lse)
+        return (*[None] * 5, q_grad.to(q.dtype), k_grad, v_grad, sinks_grad, *[None] * size)  # pyright: ignore
