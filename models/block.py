@@ -105,6 +105,11 @@ def sequence_to_heads(
     return q, k, v
 
 
+def sinks_of(w: Mapping[str, Tensor], ulysses: Group = ALONE) -> Tensor | None:
+    """Of the heads that this rank of ulysses attends with; None where there are none."""
+    return w["sinks"].chunk(ulysses.size)[ulysses.index] if "sinks" in w else None
+
+
 class Load(NamedTuple):
     """How a layer used its experts. `chosen` and `scores` leave padding out."""
 
@@ -131,7 +136,8 @@ def attend(
     row; cos and sin belong to the share of (cp, ulysses), which tp gathers."""
     h = all_gather(rms_norm(x, w["attn_norm"], cfg.norm_eps), ranks.tp, 1)
     q, k, v = sequence_to_heads(*project_qkv(h, w, cos, sin, cfg), ranks.ulysses)
-    a = ring_attention(q, k, v, starts, ranks.cp, scale=cfg.attention_scale, window=window)
+    scale, sinks = cfg.attention_scale, sinks_of(w, ranks.ulysses)
+    a = ring_attention(q, k, v, starts, ranks.cp, scale=scale, window=window, sinks=sinks)
     return x + attention_output(all_to_all(a, ranks.ulysses, 1, 2), w, ranks.tp)
 
 

@@ -93,6 +93,8 @@ class Config:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    sinks: bool = False
+    """Each head has a score besides that takes weight and has no value (gpt-oss)."""
     windows: tuple[int | None, ...] = ()
     """For each layer how many tokens back a token sees, itself included; None: all."""
     init_std: float = 0.02

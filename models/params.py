@@ -72,6 +72,8 @@ def _attention(cfg: Config, stack: _Stack) -> dict[str, Param]:
         layers["v_bias"] = stack.vector((K, E), "kv_heads", "head_dim")
     if cfg.out_bias:
         layers["o_bias"] = stack.vector((D,), "embed")
+    if cfg.sinks:
+        layers["sinks"] = stack.vector((H,), "heads")
     return layers
 
 
