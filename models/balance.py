@@ -57,7 +57,8 @@ class Balance:
             "served": carry["served"] + torch.stack([load.served for load in loads]).sum(),
         }
         for name in ("chosen", "scores") if self.cfg.aux else ():
-            new[name] = carry[name] + torch.stack([getattr(load, name) for load in loads]).sum(0)
+            sums = torch.stack([getattr(load, name) for load in loads])
+            new[name] = carry[name] + sums.sum(0, dtype=sums.dtype)  # else int32 becomes int64
         return new
 
     def finish(self, out: LossOutput, carry: Mapping[str, Tensor], batch: Batch) -> LossOutput:
