@@ -25,8 +25,9 @@ from omnistep.data.loader_config import LoaderConfig
 from omnistep.data.sources import Described, open_reader
 from omnistep.data.steps import packed_steps, padded_steps
 from omnistep.data.tokenizer import Tokenizer, load_tokenizer
-from omnistep.models import decoder, hf
+from omnistep.models import decoder, hf, hf_config
 from omnistep.models.cost import active
+from omnistep.models.hf_names import Names, weight_names
 from omnistep.parallel import mesh as meshes
 from omnistep.parallel.layout import Strategy
 from omnistep.parallel.mesh import Mesh, MeshError
@@ -49,16 +50,18 @@ class Model:
     cfg: decoder.Config
     tree: Tree
     """Of Params."""
+    names: Names
+    """Of its weights in files."""
 
 
 def read_model(args: ModelArguments) -> Model:
-    return make_model(hf.read_config_json(args.config_path or ""))
+    return make_model(hf_config.read_config_json(args.config_path or ""))
 
 
 def make_model(raw: Mapping[str, Any]) -> Model:
     """The model that a config.json describes."""
-    cfg = hf.decoder_config(raw)
-    return Model(raw, cfg, decoder.params(cfg))
+    cfg = hf_config.decoder_config(raw)
+    return Model(raw, cfg, decoder.params(cfg), weight_names(raw["model_type"], cfg))
 
 
 def read_tokenizer(args: ModelArguments, cfg: decoder.Config) -> Tokenizer:
@@ -151,7 +154,8 @@ def read_weights(
     layout: Layout | None = None,
 ) -> Tree:
     try:
-        return hf.import_weights(model.tree, open_weights(path), dtype, device, layout)
+        source = open_weights(path)
+        return hf.import_weights(model.tree, model.names, source, dtype, device, layout)
     except (OSError, ValueError) as error:
         raise RunError(f"the weights at {path} can't be used: {error}") from error
 
@@ -332,6 +336,6 @@ def describe(args: Arguments, model: Model, data: Data, mesh: Mesh) -> str:
         f"{train.num_train_epochs} epoch(s) of {data.epoch_steps}",
         "output": train.output_dir,
     }
-    if dropout := hf.unused_dropout(model.raw):
+    if dropout := hf_config.unused_dropout(model.raw):
         lines["note"] = f"the model config asks for dropout {dropout}; training has none"
     return "\n".join(f"{name:>8}  {text}" for name, text in lines.items())

@@ -42,7 +42,7 @@ from omnistep.data.chat import Template
 from omnistep.data.errors import DataError
 from omnistep.data.tokenizer import Tokenizer
 from omnistep.models import hf
-from omnistep.models.hf import ConfigJsonError
+from omnistep.models.hf_config import ConfigJsonError
 
 CONVERT = Command(
     "omnistep-convert",
@@ -194,7 +194,8 @@ def run(job: Job) -> None:
     model = read_model(job, origin, args)
     try:
         source = origin.weights(model)
-        weights = hf.relayed_weights(model.tree, source, job.dtype)  # all names, all shapes
+        # looks at all names and shapes
+        weights = hf.relayed_weights(model.tree, model.names, source, job.dtype)
     except ValueError as error:
         raise RunError(str(error)) from error
     if job.to == "hf":
@@ -300,7 +301,7 @@ def to_checkpoint(job: Job, args: Arguments, model: Model, source: hf.Source) ->
         blocks = partial(zero_blocks, leaf)
         if name.startswith(PARAMS):
             ours = name.removeprefix(PARAMS)
-            blocks = partial(hf.import_blocks, ours, params[ours], source, dtype)
+            blocks = partial(hf.import_blocks, ours, params[ours], model.names, source, dtype)
         return Streamed(tuple(leaf.shape), leaf.dtype, partial(progress.each, name, blocks))
 
     store = open_store(str(job.target))

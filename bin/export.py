@@ -14,7 +14,7 @@ from omnistep.core.checkpoint.ranks import Ranks
 from omnistep.core.checkpoint.weight_files import write_weights
 from omnistep.data.chat import Template
 from omnistep.data.tokenizer import Tokenizer
-from omnistep.models import hf
+from omnistep.models.hf_config import ARCHITECTURES
 
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
@@ -62,8 +62,9 @@ def write_config(
 ) -> set[str]:
     """config.json as the model was given, with what it is now; generation_config.json where a turn
     ends with a token of its own. Returns the names of the files."""
-    config = {k: v for k, v in model.raw.items() if k != "torch_dtype"}  # dtype's older name
-    config["architectures"] = [hf.ARCHITECTURES[config["model_type"]]]
+    stale = ("torch_dtype", "quantization_config")  # dtype's older name; of what was read, if any
+    config = {k: v for k, v in model.raw.items() if k not in stale}
+    config["architectures"] = [ARCHITECTURES[config["model_type"]]]
     config["dtype"] = str(dtype).removeprefix("torch.")
     if tokenizer is not None and template is not None:
         ends = sorted({tokenizer.eos_id, template.turn_end(tokenizer)})

@@ -27,8 +27,9 @@ from omnistep.core.checkpoint.fit import describe
 from omnistep.core.checkpoint.place import is_url
 from omnistep.core.checkpoint.safetensors import INDEX, SINGLE, nearest, open_weights
 from omnistep.core.checkpoint.store import open_store
-from omnistep.core.param import Param
 from omnistep.models import hf
+from omnistep.models.hf_config import read_config_json
+from omnistep.models.hf_names import OUTER, Part
 
 Kind = Literal["checkpoint", "hf", "dcp"]
 
@@ -109,7 +110,7 @@ def _is_ours(step: Path) -> bool:
 
 def _config_beside(directory: Path) -> dict[str, Any] | None:
     has_one = (directory / "config.json").is_file()
-    return hf.read_config_json(directory) if has_one else None
+    return read_config_json(directory) if has_one else None
 
 
 # ---- checkpoints -----------------------------------------------------------------------------
@@ -140,16 +141,13 @@ class CheckpointWeights:
 
     stored: Stored
     leaves: Mapping[str, Any]
-    tensors: Mapping[str, tuple[str, Param, int | None]]
-    """Hugging Face name -> array, what the model says of it, the layer."""
+    parts: Mapping[str, Part]
+    """By their Hugging Face names."""
 
     @classmethod
     def of(cls, stored: Stored, place: str, model: Model) -> "CheckpointWeights":
-        tensors = {
-            theirs: (PARAMS + name, param, layer)
-            for theirs, name, param, layer in hf.hf_tensors(model.tree)
-        }
-        known = {name for name, _, _ in tensors.values()}
+        parts = {part.theirs: part for part in model.names.all_parts(model.tree)}
+        known = {PARAMS + part.ours: part.param for part in parts.values()}
         leaves = stored.leaves()
         others = [n for n in leaves if n.startswith(PARAMS) and n not in known]
         if others:
@@ -157,27 +155,26 @@ class CheckpointWeights:
                 f"{place} holds what the model has no place for: {_listed(others)}. "
                 "It is of another model: set model.config_path as in the recipe.yaml of its run"
             )
-        for name, param, _ in tensors.values():
+        for name, param in known.items():
             held = describe(name, leaves[name]) if name in leaves else "nothing"
             if not isinstance(leaves.get(name), Tensor) or leaves[name].shape != param.shape:
                 raise ValueError(
                     f"{place} holds as {name} {held}; the model's configuration asks for "
                     f"{list(param.shape)}"
                 )
-        return cls(stored, leaves, tensors)
+        return cls(stored, leaves, parts)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return hf.hf_shape(self.tensors[name][1])
+        return self.parts[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.leaves[self.tensors[name][0]].dtype
+        return self.leaves[PARAMS + self.parts[name].ours].dtype
 
     def read(self, name: str, slices: Sequence[slice]) -> Tensor:
-        array, param, layer = self.tensors[name]
-        cuts = [slice(0, n) for n in param.shape]
-        if layer is not None:
-            cuts[0] = slice(layer, layer + 1)
-        return self.stored.part(array, cuts).reshape(self.shape(name))[tuple(slices)]
+        part = self.parts[name]
+        cuts = [slice(i, i + 1) for i in part.at]
+        cuts += [slice(0, n) for n in part.param.shape[len(cuts) :]]
+        return self.stored.part(PARAMS + part.ours, cuts).reshape(part.shape)[tuple(slices)]
 
 
 # ---- torch.distributed.checkpoint ------------------------------------------------------------
@@ -186,7 +183,7 @@ class CheckpointWeights:
 def _named(dcp: DcpWeights, model: Model, prefix: str | None) -> DcpWeights:
     """The tensors by the model's names. Raises ValueError where names are missing, or stand there
     that the model does not have."""
-    held, wanted = dcp.names(), [theirs for theirs, *_ in hf.hf_tensors(model.tree)]
+    held, wanted = dcp.names(), [part.theirs for part in model.names.all_parts(model.tree)]
     if prefix is None:
         try:
             prefix = common_prefix(held, wanted)
@@ -212,7 +209,7 @@ def _named(dcp: DcpWeights, model: Model, prefix: str | None) -> DcpWeights:
 def _is_extra(name: str) -> bool:
     """Whether a tensor follows from others: frequencies, and the output layer where it is tied
     (where it is not, it is one of the model's)."""
-    return name.endswith(("rotary_emb.inv_freq", hf.OUTER["lm_head"]))
+    return name.endswith(("rotary_emb.inv_freq", OUTER["lm_head"]))
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from omnistep.data.chat import Message, open_template
 from omnistep.data.errors import DataError
 from omnistep.data.tokenizer import Tokenizer
 from omnistep.models.generate import Generate, Sampling, make_generate
-from omnistep.models.hf import ConfigJsonError
+from omnistep.models.hf_config import ConfigJsonError
 from omnistep.parallel.mesh import pick_device
 
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")

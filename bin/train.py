@@ -48,7 +48,8 @@ from omnistep.core.tree import Tree, tree_map
 from omnistep.data.errors import DataError
 from omnistep.data.loader import Loader
 from omnistep.models import decoder
-from omnistep.models.hf import ConfigJsonError, export_weights
+from omnistep.models.hf import export_weights
+from omnistep.models.hf_config import ConfigJsonError
 from omnistep.parallel.mesh import Mesh
 
 EXPECTED = (
@@ -208,7 +209,7 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
         evaluate(position)
         if train.save_hf_weights:
             template = build.open_chat_template(args.data, tokenizer)
-            weights = export_weights(model.tree, position.state.params, layout)
+            weights = export_weights(model.tree, model.names, position.state.params, layout)
             export(output / "hf", model, weights, tokenizer, template, together)
     if first:
         finish(args, output, model, position, mesh, logger.say)

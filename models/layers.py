@@ -83,16 +83,20 @@ def _yarn(
     interpolated = ramp.clamp(0, 1)
     inverse = inverse * (1 - interpolated) + inverse / factor * interpolated
 
-    def magnitude(scale: float, m: float = 1.0) -> float:
-        return 0.1 * m * math.log(scale) + 1.0 if scale > 1 else 1.0
-
     attention = scaling.get("attention_factor")
     if attention is None:
         m, m_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
         attention = (
-            magnitude(factor, m) / magnitude(factor, m_all) if m and m_all else magnitude(factor)
+            yarn_magnitude(factor, m) / yarn_magnitude(factor, m_all)
+            if m and m_all
+            else yarn_magnitude(factor)
         )
     return inverse, float(attention)
+
+
+def yarn_magnitude(factor: float, share: float = 1.0) -> float:
+    """What YaRN multiplies queries and keys by when positions are stretched by `factor`."""
+    return 0.1 * share * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def rope_angles(

@@ -41,6 +41,7 @@ def omnistep(path: str) -> None:
     from omnistep.data.sources import Described, open_reader
     from omnistep.data.tokenizer import load_tokenizer
     from omnistep.models import decoder, hf
+    from omnistep.models.hf_names import weight_names
 
     tokenizer = load_tokenizer(TOKENIZER)
     config = LoaderConfig(
@@ -55,7 +56,9 @@ def omnistep(path: str) -> None:
     cfg = make_config()
     tree = decoder.params(cfg)
     source = hf.InMemory({k: torch.from_numpy(v) for k, v in work.weights().items()})
-    params = hf.import_weights(tree, source, torch.float32, torch.device("cpu"))
+    params = hf.import_weights(
+        tree, weight_names("qwen3", cfg), source, torch.float32, torch.device("cpu")
+    )
     optimizer = adamw(weight_decay=work.DECAY, decay_mask=param.decay_mask(tree))
     train_step = make_train_step(
         decoder.make_stages(cfg, param.one_rank(tree, torch.float32), mode="none"),

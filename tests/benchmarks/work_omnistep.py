@@ -10,6 +10,7 @@ from omnistep.core.batch import Batch
 from omnistep.core.optim import adamw
 from omnistep.core.step import init_state, make_train_step
 from omnistep.models import decoder, hf
+from omnistep.models.hf_names import weight_names
 
 
 def config() -> decoder.Config:
@@ -38,7 +39,7 @@ def main() -> None:
     initial = work.weights()
     cpu = torch.device("cpu")
     source = hf.InMemory({name: torch.from_numpy(value) for name, value in initial.items()})
-    params = hf.import_weights(tree, source, torch.float32, cpu)
+    params = hf.import_weights(tree, weight_names("qwen3", cfg), source, torch.float32, cpu)
     del initial, source
     optimizer = adamw(weight_decay=work.DECAY, decay_mask=param.decay_mask(tree))
     train_step = make_train_step(

@@ -15,14 +15,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from omnistep.bin.build import Model
+from omnistep.bin.build import Model, make_model
 from omnistep.bin.export import write_config
 from omnistep.core import param, rng
 from omnistep.core.checkpoint import CheckpointError, weight_files
 from omnistep.core.checkpoint.pieces import LazyTensor
 from omnistep.core.checkpoint.ranks import Ranks, all_ranks
 from omnistep.core.checkpoint.weight_files import write_weights
-from omnistep.models import decoder, hf
+from omnistep.models import hf
 from omnistep.parallel.mesh import make_mesh
 
 SMALL = {
@@ -51,15 +51,10 @@ LIMITS = {"many": 20_000, "two": 80_000}
 CPU = torch.device("cpu")
 
 
-def make_model(raw: dict) -> Model:
-    cfg = hf.decoder_config(raw)
-    return Model(raw, cfg, decoder.params(cfg))
-
-
 def weights_of(model: Model, sizes, strategy, dtype=torch.float32) -> dict[str, LazyTensor]:
     layout = param.make_layout(model.tree, make_mesh(sizes, CPU), strategy, dtype)
     params = param.initialize(model.tree, rng.key(0), dtype, CPU, layout)
-    return hf.export_weights(model.tree, params, layout)
+    return hf.export_weights(model.tree, model.names, params, layout)
 
 
 def export_from_meshes(folder: Path, ranks: Ranks) -> None:

@@ -24,7 +24,6 @@ from omnistep.core.checkpoint.dcp_weights import common_prefix
 from omnistep.core.checkpoint.safetensors import open_weights
 from omnistep.core.checkpoint.weight_files import write_weights
 from omnistep.core.logs import read_metrics
-from omnistep.models import hf
 from tests.bin.runs import (
     CONFIG,
     ENVIRONMENT,
@@ -396,7 +395,7 @@ DEEP = CONFIG | {
 
 def write_random(directory: Path, raw: dict[str, Any]) -> Path:
     model = make_model(raw)
-    weights = {theirs: torch.randn(hf.hf_shape(p)) for theirs, _, p, _ in hf.hf_tensors(model.tree)}
+    weights = {p.theirs: torch.randn(p.shape) for p in model.names.all_parts(model.tree)}
     directory.mkdir()
     write_weights(directory, weights)
     (directory / "config.json").write_text(json.dumps(raw))

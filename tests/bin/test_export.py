@@ -39,9 +39,10 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def one_rank(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    tree = make_model(SMALL).tree
-    params = param.initialize(tree, rng.key(0), dtype, torch.device("cpu"))
-    return {name: tensor.read() for name, tensor in hf.export_weights(tree, params).items()}
+    model = make_model(SMALL)
+    params = param.initialize(model.tree, rng.key(0), dtype, torch.device("cpu"))
+    weights = hf.export_weights(model.tree, model.names, params)
+    return {name: tensor.read() for name, tensor in weights.items()}
 
 
 def assert_holds(directory: Path, expected: dict[str, Tensor]) -> None:

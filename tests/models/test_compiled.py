@@ -8,7 +8,8 @@ from omnistep.core.compile import compile_graph
 from omnistep.core.grad import value_and_grad
 from omnistep.core.tree import leaves_with_names
 from omnistep.models import decoder
-from tests.models.test_decoder import make_batch, reference
+from tests.models.reference import make_batch
+from tests.models.test_decoder import reference
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])

@@ -12,18 +12,18 @@ from omnistep.core.batch import Batch
 from omnistep.core.grad import value_and_grad
 from omnistep.core.tree import leaves_with_names
 from omnistep.models import decoder, hf
-from omnistep.models.layers import rope_frequencies
+from omnistep.models.hf_config import ConfigJsonError, decoder_config, read_config_json
+from omnistep.models.hf_names import weight_names
+from tests.models.reference import (
+    SIZES,
+    exported,
+    imported,
+    make_batch,
+    make_reference,
+    names_of,
+    relative_errors,
+)
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,  # large enough that no gradient is lost in rounding
-}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -73,60 +73,7 @@ CASES = {
 
 def reference(case: str, dtype: torch.dtype) -> tuple[transformers.PreTrainedModel, decoder.Config]:
     family, extra = CASES[case]
-    config = transformers.AutoConfig.for_model(family, **{**SIZES, **extra})
-    config._attn_implementation = "sdpa"
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "norm" in name or "bias" in name:
-                p.add_(torch.randn_like(p) * 0.2)
-    cfg = hf.decoder_config(config.to_dict())
-    if dtype == torch.float64:
-        exact(model, cfg)
-    return model.train(), cfg
-
-
-def exact(model: torch.nn.Module, cfg: decoder.Config) -> None:
-    """transformers computes norms and angles in fp32 whatever the dtype; here in fp64."""
-
-    def norm(self, x):
-        return self.weight * (
-            x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
-        )
-
-    def rotary(self, x, position_ids):
-        frequencies, _ = rope_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
-        torch.testing.assert_close(frequencies.float(), self.inv_freq.float(), rtol=2e-6, atol=0)
-        angles = position_ids.double().unsqueeze(-1) * frequencies
-        angles = torch.cat((angles, angles), -1)
-        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = norm.__get__(module)
-        elif type(module).__name__.endswith("RotaryEmbedding"):
-            module.forward = rotary.__get__(module)
-
-
-def make_batch(packed: bool, seq: int = 24) -> Batch:
-    g = torch.Generator().manual_seed(1)
-    rows = 1 if packed else 2
-    tokens = torch.randint(SIZES["vocab_size"], (rows, seq), generator=g)
-    targets = torch.randint(SIZES["vocab_size"], (rows, seq), generator=g)
-    weights = (torch.rand(rows, seq, generator=g) < 0.7).float()
-    lengths = (9, 1, 14) if packed else (seq,)
-    positions = torch.cat([torch.arange(n) for n in lengths]).expand(rows, seq).contiguous()
-    return Batch(tokens, targets, weights, positions=positions)
-
-
-def relative_errors(
-    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
-) -> dict[str, float]:
-    assert ours.keys() == theirs.keys()
-    return {
-        name: ((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in theirs
-    }
+    return make_reference(family, extra, dtype)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -143,19 +90,14 @@ def test_logits_and_gradients_match_transformers(case, dtype, tolerance, packed)
     their_grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
     tree = decoder.params(cfg)
-    tensors = dict(model.named_parameters())
-    weights = hf.import_weights(tree, hf.InMemory(tensors), dtype, torch.device("cpu"))
+    weights = imported(model, cfg, dtype)
     ours = decoder.make_logits(cfg, dtype=dtype)(weights, batch)
     assert ((ours - out).norm() / out.norm()).item() < tolerance
     loss = decoder.make_stages(cfg, param.one_rank(tree, dtype), compile=False)
     result, grads = value_and_grad(loss)(weights, [batch], [rng.key(0)])
     assert result.weight == batch.weights.sum()
-    errors = relative_errors(exported(tree, grads), their_grads)
+    errors = relative_errors(exported(tree, names_of(model, cfg), grads), their_grads)
     assert max(errors.values()) < tolerance, errors
-
-
-def exported(tree, values) -> dict[str, torch.Tensor]:
-    return {name: t.read() for name, t in hf.export_weights(tree, values).items()}
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
@@ -190,9 +132,7 @@ def test_export_returns_what_import_read():
     model, cfg = reference("qwen3", torch.float32)
     tensors = dict(model.named_parameters())
     tree = decoder.params(cfg)
-    cpu = torch.device("cpu")
-    weights = hf.import_weights(tree, hf.InMemory(tensors), torch.float32, cpu)
-    ours = exported(tree, weights)
+    ours = exported(tree, names_of(model, cfg), imported(model, cfg, torch.float32))
     assert ours.keys() == tensors.keys()
     for name, value in ours.items():
         torch.testing.assert_close(value, tensors[name].detach(), rtol=0, atol=0)
@@ -207,7 +147,7 @@ def test_parameter_count_is_transformers():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not built; there are llama"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not built; there are deepseek_v2, "),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not built"),
         ({"num_key_value_heads": 3}, "4 attention heads can't share 3 key/value heads"),
         ({"rope_scaling": {"type": "longrope"}}, "rope_type 'longrope' is not one of"),
@@ -215,16 +155,16 @@ def test_parameter_count_is_transformers():
     ],
 )
 def test_what_is_not_built_is_named(change, message):
-    with pytest.raises(hf.ConfigJsonError, match=message):
-        hf.decoder_config({"model_type": "llama", **SIZES, **change})
+    with pytest.raises(ConfigJsonError, match=message):
+        decoder_config({"model_type": "llama", **SIZES, **change})
 
 
 def test_bad_config_files_are_named(tmp_path):
-    with pytest.raises(hf.ConfigJsonError, match="no model configuration at"):
-        hf.read_config_json(tmp_path)
+    with pytest.raises(ConfigJsonError, match="no model configuration at"):
+        read_config_json(tmp_path)
     (tmp_path / "config.json").write_text("{not json")
-    with pytest.raises(hf.ConfigJsonError, match=r"config\.json can't be read as JSON"):
-        hf.read_config_json(tmp_path)
+    with pytest.raises(ConfigJsonError, match=r"config\.json can't be read as JSON"):
+        read_config_json(tmp_path)
 
 
 def test_a_weight_of_another_shape_is_named():
@@ -232,6 +172,7 @@ def test_a_weight_of_another_shape_is_named():
     with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight has shape \(3, 3\)"):
         hf.import_weights(
             decoder.params(cfg),
+            weight_names("qwen3", cfg),
             hf.InMemory(collections.defaultdict(lambda: torch.zeros(3, 3))),
             torch.float32,
             torch.device("cpu"),

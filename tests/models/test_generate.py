@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from omnistep.core import rng
-from omnistep.models import decoder, hf
 from omnistep.models.generate import Sampling, choose, make_generate
+from tests.models.reference import imported
 from tests.models.test_decoder import reference
 
 GREEDY = Sampling(do_sample=False)
@@ -14,11 +14,7 @@ PROMPTS = [[5, 17, 3, 80, 9, 9, 41], [7], list(range(2, 40))]
 
 def load(case: str):
     model, cfg = reference(case, torch.float32)
-    tensors = dict(model.named_parameters())
-    weights = hf.import_weights(
-        decoder.params(cfg), hf.InMemory(tensors), torch.float32, torch.device("cpu")
-    )
-    return model.eval(), cfg, weights
+    return model.eval(), cfg, imported(model, cfg, torch.float32)
 
 
 def collect(generate, prompts, count, seed=0, rows_seen=0):

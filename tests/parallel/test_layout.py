@@ -10,6 +10,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from omnistep.core import param, rng
 from omnistep.core.tree import leaves_with_names
 from omnistep.models import decoder, hf
+from omnistep.models.hf_names import weight_names
 from omnistep.parallel.layout import Place, extent, place
 from omnistep.parallel.mesh import Group, Mesh, MeshError, destroy_groups, make_mesh
 
@@ -103,8 +104,9 @@ def test_heads_that_ulysses_cannot_share(fake_mesh):
 def test_a_rank_makes_and_reads_only_its_pieces(sizes, fake_mesh):
     """init_device meta, and model_path: piece by piece, equal to the whole's."""
     tree, key, cpu = decoder.params(CFG), rng.key(0), torch.device("cpu")
+    names = weight_names("qwen3", CFG)
     whole = param.initialize(tree, key, torch.float32, cpu)
-    tensors = {name: t.read() for name, t in hf.export_weights(tree, whole).items()}
+    tensors = {name: t.read() for name, t in hf.export_weights(tree, names, whole).items()}
     mesh = fake_mesh(rank=5, **sizes)
     layout = param.make_layout(tree, mesh, "zero3", torch.float32)
     made, read = [], []
@@ -125,7 +127,7 @@ def test_a_rank_makes_and_reads_only_its_pieces(sizes, fake_mesh):
     spied = param.tree_map(watched, tree, is_leaf=param.is_param)
     ours = leaves_with_names(param.initialize(spied, key, torch.float32, cpu, layout))
     source = Watched(tensors)
-    imported = leaves_with_names(hf.import_weights(tree, source, torch.float32, cpu, layout))
+    imported = leaves_with_names(hf.import_weights(tree, names, source, torch.float32, cpu, layout))
     at = leaves_with_names(layout.places)
     for name, leaf in leaves_with_names(whole).items():
         shape, offset = extent(at[name], mesh)
