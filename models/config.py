@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from attrs import field, frozen
 
-from omnistep.models.layers import rope_frequencies
+from omnistep.models.layers import rope_frequencies, yarn_magnitude
 
 
 @frozen
@@ -114,6 +114,10 @@ class Config:
             raise ValueError(
                 f"head_dim {self.head_dim} is not {self.latent.nope} + {self.latent.rope}"
             )
+        if self.latent and self.latent.value > self.head_dim:
+            raise ValueError(
+                f"values of {self.latent.value} can't be wider than keys of {self.head_dim}"
+            )
         wrong = [i for i in self.dense_layers if not 0 <= i < self.layers]
         if wrong or len(self.dense_layers) == self.layers:
             raise ValueError(f"layers {wrong or 'all'} of {self.layers} are to have no experts")
@@ -126,8 +130,13 @@ class Config:
 
     @property
     def attention_scale(self) -> float:
-        """Scores are this times query times key."""
-        return self.head_dim**-0.5
+        """Scores are this times query times key. With latent attention YaRN's magnitude (arXiv
+        2309.00071) is in here, not in the angles, for what is not rotated has it too."""
+        magnitude = 1.0
+        if self.latent and self.rope_scaling.get("rope_type", "default") != "default":
+            share = self.rope_scaling.get("mscale_all_dim") or 0.0
+            magnitude = yarn_magnitude(float(self.rope_scaling.get("factor", 1.0)), share)
+        return self.head_dim**-0.5 * magnitude**2
 
     @property
     def dense_layers(self) -> tuple[int, ...]:
