@@ -12,6 +12,7 @@ from torch import Tensor
 
 from omnistep.models.attention import ring_attention
 from omnistep.models.config import Config
+from omnistep.models.latent import project_latent
 from omnistep.models.layers import rms_norm, rotary
 from omnistep.models.moe import Dispatch, route, work_on_experts
 from omnistep.parallel.collectives import all_gather, all_to_all, reduce_scatter
@@ -134,11 +135,18 @@ def attend(
     """x and its attention; `w` holds a layer's weights, without the leading axis, as far as this
     rank of tp uses them. `seq` is this rank's share of the row; `starts` are those of the whole
     row; cos and sin belong to the share of (cp, ulysses), which tp gathers."""
-    h = all_gather(rms_norm(x, w["attn_norm"], cfg.norm_eps), ranks.tp, 1)
-    q, k, v = sequence_to_heads(*project_qkv(h, w, cos, sin, cfg), ranks.ulysses)
+    h = rms_norm(x, w["attn_norm"], cfg.norm_eps)
+    if cfg.latent is None:
+        qkv = project_qkv(all_gather(h, ranks.tp, 1), w, cos, sin, cfg)
+        q, k, v = sequence_to_heads(*qkv, ranks.ulysses)
+    else:
+        q, k, v = project_latent(h, w, cos, sin, cfg, ranks.tp, ranks.ulysses)
+    width = v.shape[-1]
+    if width < q.shape[-1]:
+        v = F.pad(v, (0, q.shape[-1] - width))  # attention takes values as wide as keys
     scale, sinks = cfg.attention_scale, sinks_of(w, ranks.ulysses)
     a = ring_attention(q, k, v, starts, ranks.cp, scale=scale, window=window, sinks=sinks)
-    return x + attention_output(all_to_all(a, ranks.ulysses, 1, 2), w, ranks.tp)
+    return x + attention_output(all_to_all(a[..., :width], ranks.ulysses, 1, 2), w, ranks.tp)
 
 
 def dense_block(
