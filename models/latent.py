@@ -1,5 +1,5 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): what it attends with. Pure
-functions on local tensors; what is sent between ranks is written out."""
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): its queries, keys and
+values. Pure functions on local tensors; what is sent between ranks is written out."""
 
 from collections.abc import Mapping
 

@@ -57,9 +57,11 @@ class _Fp64(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if func in (Tensor.float, Tensor.type, Tensor.to) and args[0].dtype == torch.float64:
-            if func is Tensor.float or args[1] == torch.float32:
-                return args[0]
+        narrows = func is Tensor.float or (
+            func in (Tensor.type, Tensor.to) and args[1:] == (torch.float32,)
+        )
+        if narrows and args[0].dtype == torch.float64:
+            return args[0]
         if kwargs.get("dtype") == torch.float32:
             kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)

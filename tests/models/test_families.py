@@ -10,7 +10,6 @@ import transformers
 
 from omnistep.core import param, rng
 from omnistep.core.grad import value_and_grad
-from omnistep.core.tree import leaves_with_names
 from omnistep.models import decoder
 from omnistep.models.config import Config
 from tests.models.reference import (
@@ -21,7 +20,6 @@ from tests.models.reference import (
     names_of,
     relative_errors,
     split_experts,
-    tensors_of,
 )
 
 QWEN: dict[str, Any] = {
