@@ -38,6 +38,8 @@ class Experts:
     mlp: int
     """Width of one expert."""
     scoring: Literal["softmax", "sigmoid"] = "softmax"
+    exact_logits: bool = False
+    """The router's logits are computed in fp32 or better, not in the dtype of the activations."""
     normalize: bool = False
     """The weights of a token's experts add up to 1 (before `scale`)."""
     scale: float = 1.0
