@@ -260,6 +260,7 @@ def _experts(family: str, c: Json) -> Experts | None:
         top_k=c["num_experts_per_tok"],
         mlp=width,
         scoring="sigmoid" if family == "deepseek_v3" else "softmax",
+        exact_logits=deepseek,
         normalize=bool(c.get("norm_topk_prob", False)),
         scale=float(c["routed_scaling_factor"]) if deepseek else 1.0,
         groups=(c.get("n_group") or 1) if grouped else 1,
