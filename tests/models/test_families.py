@@ -9,10 +9,15 @@ import torch.nn.functional as F
 import transformers
 
 from omnistep.core import param, rng
+from omnistep.core.batch import Batch
+from omnistep.core.checkpoint.safetensors import open_weights
+from omnistep.core.checkpoint.weight_files import write_weights
 from omnistep.core.grad import value_and_grad
-from omnistep.models import decoder
+from omnistep.core.tree import leaves_with_names
+from omnistep.models import decoder, hf
 from omnistep.models.config import Config
 from tests.models.reference import (
+    CPU,
     exported,
     imported,
     make_batch,
@@ -20,6 +25,7 @@ from tests.models.reference import (
     names_of,
     relative_errors,
     split_experts,
+    tensors_of,
 )
 
 QWEN: dict[str, Any] = {
@@ -162,3 +168,112 @@ def test_logits_and_gradients_match_transformers(case, dtype, tolerance, packed)
     assert result.weight == batch.weights.sum()
     errors = relative_errors(grads, their_gradients(model))
     assert max(errors.values()) < tolerance, errors
+
+
+@PRECISION
+@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe-dense", "qwen3_moe-dense"])
+def test_loss_with_load_balancing_matches_transformers(case, dtype, tolerance):
+    """Their mean loss of one row, times its weight: coefficient, sum over layers, gradients."""
+    family, extra = CASES[case]
+    changed = {**extra, "output_router_logits": True, "router_aux_loss_coef": 0.3}
+    model, cfg = make_reference(family, changed, dtype)
+    assert cfg.experts is not None
+    assert cfg.experts.aux == 0.3
+    tokens = make_batch(packed=True).tokens
+    seq = tokens.shape[1]
+    positions = torch.cat((torch.arange(10), torch.arange(seq - 10)))[None]
+    weights = (positions % 4 != 3).float()
+    weights[:, -1] = 0
+    labels = torch.where(weights.roll(1, 1) > 0, tokens, -100)
+    theirs = model(input_ids=tokens, position_ids=positions, labels=labels, use_cache=False)
+    assert theirs.aux_loss > 1
+    (theirs.loss * weights.sum()).backward()
+
+    batch = Batch(tokens, tokens.roll(-1, 1), weights, positions=positions)
+    loaded = imported(model, cfg, dtype)
+    result, grads = our_gradients(model, cfg, loaded, batch, dtype)
+    torch.testing.assert_close(
+        result.objective / result.weight, theirs.loss.detach(), rtol=tolerance, atol=0
+    )
+    errors = relative_errors(grads, their_gradients(model))
+    assert max(errors.values()) < tolerance, errors
+
+
+ONE_OF_EACH = ["mixtral", "qwen2_moe-dense", "qwen3_moe-dense", "deepseek_v2", "deepseek_v3"]
+
+
+@pytest.mark.parametrize("case", ONE_OF_EACH)
+def test_what_transformers_saves_is_read_and_what_is_exported_it_loads(case, tmp_path):
+    model, cfg = reference(case, torch.float32)
+    model.save_pretrained(tmp_path / "theirs")
+    source, tree, names = (
+        open_weights(tmp_path / "theirs"),
+        decoder.params(cfg),
+        names_of(model, cfg),
+    )
+    parts = {part.theirs for part in names.all_parts(tree)}
+    assert parts == source.infos.keys()  # nothing is left unread
+    weights = hf.import_weights(tree, names, source, torch.float32, CPU)
+
+    write_weights(tmp_path / "ours", hf.export_weights(tree, names, weights))
+    model.config.save_pretrained(tmp_path / "ours")
+    again, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    theirs = model.state_dict()
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, theirs[name]), name
+
+
+@pytest.mark.parametrize("case", ONE_OF_EACH)
+def test_weights_are_relayed_and_streamed_as_they_are_imported(case):
+    """bin/convert: between files and to a checkpoint, in another dtype."""
+    model, cfg = reference(case, torch.float32)
+    source, tree, names = hf.InMemory(tensors_of(model)), decoder.params(cfg), names_of(model, cfg)
+    weights = hf.import_weights(tree, names, source, torch.bfloat16, CPU)
+    relayed = hf.relayed_weights(tree, names, source, torch.bfloat16)
+    exported = hf.export_weights(tree, names, weights)
+    assert relayed.keys() == exported.keys()
+    for name, tensor in exported.items():
+        value = relayed[name].read()
+        assert (relayed[name].shape, relayed[name].dtype) == (tensor.shape, tensor.dtype)
+        assert (value.shape, value.dtype) == (tensor.shape, tensor.dtype)
+        assert torch.equal(value, tensor.read()), name
+    leaves = leaves_with_names(weights)
+    for name, p in leaves_with_names(tree, is_leaf=param.is_param).items():
+        whole = torch.full(p.shape, torch.nan, dtype=leaves[name].dtype)
+        for offset, block in hf.import_blocks(name, p, names, source, torch.bfloat16):
+            assert block.dtype == whole.dtype
+            whole[tuple(slice(o, o + n) for o, n in zip(offset, block.shape, strict=True))] = block
+        assert torch.equal(whole, leaves[name]), name
+
+
+def test_the_routers_bias_stays_exact():
+    model, cfg = reference("deepseek_v3", torch.float32)
+    weights = imported(model, cfg, torch.bfloat16)
+    theirs = torch.stack(
+        [layer.mlp.gate.e_score_correction_bias for layer in model.model.layers[2:]]
+    )
+    assert weights["router_bias"].dtype == torch.float32
+    assert torch.equal(weights["router_bias"], theirs)
+    assert weights["layers"]["router"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parameter_count_is_transformers(case):
+    model, cfg = reference(case, torch.float32)
+    biases = [b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
+    theirs = sum(p.numel() for p in [*model.parameters(), *biases])
+    assert param.count(decoder.params(cfg)) == theirs
+
+
+def test_quantized_weights_are_refused():
+    model, cfg = reference("deepseek_v3", torch.float32)
+    tensors = tensors_of(model)
+    name = "model.layers.2.mlp.experts.5.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=f"{name} holds torch.float8_e4m3fn, but quantized"):
+        hf.import_weights(
+            decoder.params(cfg), names_of(model, cfg), hf.InMemory(tensors), torch.float32, CPU
+        )
