@@ -1,4 +1,5 @@
-"""The cases of the parity matrix: every axis alone, every pair, products of three and more."""
+"""The cases of the parity matrix: every axis alone, every pair, products of three and more; experts
+shared by the ranks of every axis, both ways to dispatch, also where all tokens want one rank."""
 
 from itertools import combinations
 
@@ -51,7 +52,7 @@ SINGLE_PRECISION = (
     Case("cp 2, tp 2", "ddp", "llama", packed=False, dtype="fp32"),
     Case("pp 2, ulysses 2", "zero3", "bias", accumulate=3, dtype="fp32"),
 )
-COMPILED = (
+DENSE_COMPILED = (
     Case("dp_replicate 2", "ddp", compile=True),
     Case("dp_shard 2", "zero3", "llama", accumulate=3, compile=True),
     Case("tp 2", "zero2", mode="selective", compile=True),
@@ -61,4 +62,77 @@ COMPILED = (
     Case("dp_shard 2, tp 2", "zero3", mode="selective", compile=True),
     Case("cp 2, ulysses 2", "zero3", mode="selective", bucket=True, compile=True),
 )
-ALL = (*ALONE, *PAIRS, *PRODUCTS, *SINGLE_PRECISION, *COMPILED)
+
+EXPERTS_WHOLE = (
+    Case("dp_replicate 2", "zero3", "deepseek", packed=False),
+    Case("dp_shard 2", "zero3", "moe", accumulate=3, mode="selective"),
+    Case("cp 2", "zero2", "deepseek"),
+    Case("ulysses 2", "zero3", "moe", packed=False, mode="full"),
+    Case("tp 2", "zero1", "deepseek", accumulate=3),
+    Case("pp 2", "zero3", "moe", accumulate=3),
+    Case("pp 4", "ddp", "deepseek", accumulate=3),
+)
+"""Every rank has all experts (of its layers, or its piece of them)."""
+EP_ALONE = (
+    Case("dp_shard 2, ep 2", "ddp", "moe", dispatch="gather"),
+    Case("dp_shard 2, ep 2", "zero3", "deepseek", accumulate=3, dispatch="all_to_all"),
+    Case("dp_shard 4, ep 4", "zero1", "deepseek", packed=False, dispatch="gather"),
+    Case("dp_shard 4, ep 4", "zero2", "moe", accumulate=3, mode="full", dispatch="all_to_all"),
+    Case("dp_shard 8, ep 8", "zero3", "moe", mode="selective", dispatch="gather"),
+    Case("dp_shard 8, ep 8", "zero1", "deepseek", dispatch="all_to_all"),
+    Case("tp 2, ep 2", "ddp", "deepseek", mode="selective", dispatch="gather"),
+    Case("tp 4, ep 4", "zero3", "moe", accumulate=3, dispatch="all_to_all"),
+    Case("ulysses 4, ep 4", "zero3", "deepseek", mode="full", dispatch="gather"),
+    Case("ulysses 2, ep 2", "ddp", "moe", packed=False, dispatch="all_to_all"),
+    Case("cp 2, ep 2", "zero2", "moe", dispatch="gather"),
+    Case("cp 2, ep 2", "zero3", "deepseek", mode="selective", dispatch="all_to_all"),
+)
+"""The experts' ranks are all there are, whatever else they share."""
+EP_PAIRS = (
+    Case("dp_shard 4, ep 2", "zero3", "moe", mode="full", dispatch="gather"),
+    Case("dp_shard 4, ep 2", "zero3", "deepseek", accumulate=3, dispatch="all_to_all"),
+    Case("dp_shard 4, ep 2", "zero3", "moe", bucket=True),
+    Case("dp_replicate 2, dp_shard 2, ep 2", "zero3", "deepseek", dispatch="gather"),
+    Case("dp_replicate 2, dp_shard 2, ep 2", "ddp", "moe", packed=False, dispatch="all_to_all"),
+    Case("dp_shard 2, cp 2, ep 2", "zero1", "moe", accumulate=3, dispatch="gather"),
+    Case("dp_shard 2, cp 2, ep 4", "zero3", "deepseek", dispatch="all_to_all"),
+    Case("dp_shard 2, ulysses 2, ep 4", "zero2", "moe", dispatch="gather"),
+    Case("dp_shard 2, ulysses 2, ep 2", "zero3", "moe", mode="selective", dispatch="all_to_all"),
+    Case("dp_shard 2, tp 2, ep 4", "zero3", "deepseek", packed=False, dispatch="gather"),
+    Case("dp_shard 2, tp 2, ep 2", "zero3", "moe", accumulate=3, dispatch="all_to_all"),
+    Case("dp_shard 2, tp 2, ep 4", "zero2", "deepseek", mode="full", dispatch="all_to_all"),
+    Case("pp 2, dp_shard 2, ep 2", "zero3", "moe", accumulate=3, dispatch="gather"),
+    Case("pp 2, tp 2, ep 2", "ddp", "deepseek", accumulate=3, dispatch="all_to_all"),
+)
+EP_PRODUCTS = (
+    Case("dp_shard 2, ulysses 2, tp 2, ep 4", "zero3", "deepseek", dispatch="all_to_all"),
+    Case("pp 2, dp_shard 4, ep 2", "zero3", "deepseek", accumulate=3, dispatch="gather"),
+    Case("dp_replicate 2, dp_shard 2, tp 2, ep 2", "zero3", "moe", dispatch="all_to_all"),
+    Case("dp_shard 2, cp 2, tp 2, ep 8", "zero3", "moe", dispatch="gather"),
+)
+SKEWED = (
+    Case("dp_shard 2, ep 2", "zero3", "one expert", accumulate=3, dispatch="all_to_all"),
+    Case("dp_shard 4, ep 4", "ddp", "skewed", dispatch="gather"),
+    Case("dp_shard 4, ep 4", "zero3", "skewed", mode="selective", dispatch="all_to_all"),
+    Case("dp_shard 4, ep 2", "zero3", "one expert", dispatch="gather"),
+    Case("dp_shard 2, tp 2, ep 4", "zero3", "one expert", mode="full", dispatch="all_to_all"),
+    Case("pp 2, ulysses 2, ep 2", "zero3", "skewed", accumulate=3, dispatch="all_to_all"),
+    Case("dp_shard 8, ep 8", "zero3", "skewed", packed=False, dispatch="all_to_all"),
+)
+"""All tokens go to experts of one rank."""
+EP_SINGLE_PRECISION = (
+    Case("dp_shard 2, ep 2", "zero3", "deepseek", dtype="fp32", dispatch="all_to_all"),
+    Case("tp 2, ep 2", "ddp", "moe", packed=False, dtype="fp32", dispatch="gather"),
+)
+EP_COMPILED = (
+    Case("dp_shard 2, ep 2", "zero3", "deepseek", compile=True, dispatch="gather"),
+    Case("tp 2, ep 2", "zero3", "skewed", mode="full", compile=True, dispatch="all_to_all"),
+    Case("pp 2", "zero3", "deepseek", accumulate=3, compile=True),
+)
+
+COMPILED = (*DENSE_COMPILED, *EP_COMPILED)
+ALL = (
+    *(*ALONE, *PAIRS, *PRODUCTS, *SINGLE_PRECISION, *DENSE_COMPILED),
+    *(*EXPERTS_WHOLE, *EP_ALONE, *EP_PAIRS, *EP_PRODUCTS, *SKEWED),
+    *(*EP_SINGLE_PRECISION, *EP_COMPILED),
+)

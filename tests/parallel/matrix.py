@@ -1,7 +1,7 @@
 """One rank of the parity matrix: `cases` on this many ranks, each against what one rank gave.
 
 The same seed, the same global batch, three steps; then every parameter and both moments (the
-gradients' running means), the losses and gradient norms.
+gradients' running means), the losses and gradient norms; of experts how many tokens each got.
 """
 
 import math
@@ -16,55 +16,60 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from attrs import frozen
+from attrs import evolve, frozen
 
 from omnistep.core import optim, param, rng
 from omnistep.core.batch import Batch
 from omnistep.core.step import init_state, make_train_step
 from omnistep.core.tree import Tree, leaves_with_names, tree_map
 from omnistep.models import decoder
+from omnistep.models.config import Config, Experts
+from omnistep.models.moe import Dispatch
 from omnistep.parallel.layout import Strategy, extent, to_local
 from omnistep.parallel.mesh import Mesh, destroy_groups, make_mesh
 from omnistep.parallel.remat import Remat
 
 ROWS, SEQ, STEPS = 24, 32, 3
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+LLAMA = Config(
+    vocab=64, embed=32, layers=4, heads=8, kv_heads=4, head_dim=4, mlp=64, init_std=0.2
+)
+EXPERTS = Experts(count=8, top_k=2, mlp=16, normalize=True, aux=0.1)
+DEEPSEEK = Experts(
+    count=8,
+    top_k=2,
+    mlp=16,
+    scoring="sigmoid",
+    normalize=True,
+    scale=2.5,
+    groups=4,
+    top_groups=2,
+    group_score="top2",
+    bias=True,
+    bias_rate=0.01,
+    aux=0.01,
+    shared=16,
+    dense=(0,),
+)
 MODELS = {
-    "llama": decoder.Config(
-        vocab=64, embed=32, layers=4, heads=8, kv_heads=4, head_dim=4, mlp=64, init_std=0.2
+    "llama": LLAMA,
+    "qwen3": evolve(LLAMA, tied=True, qk_norm=True),
+    "bias": evolve(
+        LLAMA, qkv_bias=True, out_bias=True, mlp_bias=True, windows=(None, 5, None, 5)
     ),
-    "qwen3": decoder.Config(
-        vocab=64,
-        embed=32,
-        layers=4,
-        heads=8,
-        kv_heads=4,
-        head_dim=4,
-        mlp=64,
-        tied=True,
-        qk_norm=True,
-        init_std=0.2,
-    ),
-    "bias": decoder.Config(
-        vocab=64,
-        embed=32,
-        layers=4,
-        heads=8,
-        kv_heads=4,
-        head_dim=4,
-        mlp=64,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        windows=(None, 5, None, 5),
-        init_std=0.2,
-    ),
+    "moe": evolve(LLAMA, tied=True, experts=EXPERTS),
+    "deepseek": evolve(LLAMA, layers=5, experts=DEEPSEEK),
+    "skewed": evolve(LLAMA, experts=evolve(EXPERTS, bias=True)),
+    "one expert": evolve(LLAMA, experts=evolve(EXPERTS, top_k=1, normalize=False, bias=True)),
 }
+WANTED = {"skewed": (2, 3), "one expert": (5,)}
+"""Model -> the experts that all tokens go to: the router's bias for them starts above any score."""
 
 
 @frozen
 class Case:
-    """`sizes` as text, "dp_shard 2, tp 2"; what does not change the numbers, and what they are."""
+    """`sizes` as text, "dp_shard 2, tp 2", or with experts shared by some of these ranks "dp_shard 2,
+    tp 2, ep 4"; what does not change the numbers, and what they are."""
 
     sizes: str
     strategy: Strategy = "zero3"
@@ -75,6 +80,7 @@ class Case:
     mode: Remat = "none"
     bucket: bool = False
     compile: bool = False
+    dispatch: Dispatch | None = None
 
     @property
     def mesh_sizes(self) -> dict[str, int]:
@@ -83,7 +89,7 @@ class Case:
 
     @property
     def ranks(self) -> int:
-        return math.prod(self.mesh_sizes.values())
+        return math.prod(size for axis, size in self.mesh_sizes.items() if axis != "ep")
 
     @property
     def reference(self) -> str:
@@ -92,6 +98,7 @@ class Case:
     def __str__(self) -> str:
         parts = [self.sizes, self.strategy, self.reference, f"accumulate {self.accumulate}"]
         parts += [self.mode] * (self.mode != "none") + ["bucket"] * self.bucket
+        parts += [self.dispatch] if self.dispatch else []
         return ", ".join(parts + ["compiled"] * self.compile)
 
 
@@ -132,7 +139,7 @@ class Trained:
     """leaves: `gradient.*`, clipped, of the first step; `params.*`, `mu.*`, `nu.*` after all."""
 
     leaves: dict[str, torch.Tensor]
-    metrics: list[dict[str, float]]
+    metrics: list[dict[str, torch.Tensor]]
     layout: param.Layout
 
 
@@ -142,8 +149,12 @@ def train(case: Case, mesh: Mesh) -> Trained:
     layout = param.make_layout(tree, mesh, case.strategy, dtype, bucket=case.bucket)
     cpu = torch.device("cpu")
     weights = param.initialize(tree, rng.key(3), dtype, cpu, layout)
+    if case.model in WANTED:
+        to_local(weights["router_bias"])[:, WANTED[case.model]] = 2.0
     step = make_train_step(
-        decoder.make_stages(cfg, layout, mode=case.mode, compile=case.compile),
+        decoder.make_stages(
+            cfg, layout, mode=case.mode, dispatch=case.dispatch, compile=case.compile
+        ),
         optimizer(tree),
         lambda step: torch.full((), 1e-2),
         layout=layout,
@@ -154,7 +165,7 @@ def train(case: Case, mesh: Mesh) -> Trained:
     for i in range(STEPS):
         batch = my_rows(global_batch(i, case.packed, dtype), mesh, case.accumulate)
         state, numbers = step(state, batch)
-        metrics.append({name: float(value) for name, value in numbers.items()})
+        metrics.append(numbers)
         if i == 0:  # the mean of one gradient, times 1 - b1
             gradient = tree_map(torch.clone, state.opt_state["mu"])
     leaves = {"params": state.params, "mu": state.opt_state["mu"], "nu": state.opt_state["nu"]}
@@ -188,11 +199,25 @@ def compare(case: Case, mesh: Mesh, wanted: dict) -> dict[str, float]:
     sums = torch.stack(squares)
     if mesh.world.size > 1:
         dist.all_reduce(sums)
-    errors = {n: math.sqrt(a / b) for n, (a, b) in zip(names, sums.tolist(), strict=True)}
+    errors = {n: _relative(*both) for n, both in zip(names, sums.tolist(), strict=True)}
     for i, (ours, theirs) in enumerate(zip(trained.metrics, wanted["metrics"], strict=True)):
-        for name in ("loss", "grad_norm", "weight"):
-            errors[f"{name} of step {i}"] = abs(ours[name] - theirs[name]) / abs(theirs[name])
+        assert ours.keys() == theirs.keys()
+        for name in ("loss", "grad_norm", "weight", "load_balancing_loss"):
+            if name in ours:
+                error = abs(float(ours[name]) - float(theirs[name]))
+                errors[f"{name} of step {i}"] = error / abs(float(theirs[name]))
+        if "tokens_per_expert" in ours:  # exact
+            moved = ours["tokens_per_expert"] - theirs["tokens_per_expert"]
+            errors[f"tokens_per_expert of step {i}"] = float(moved.abs().sum())
+            errors[f"dropped_tokens of step {i}"] = abs(float(ours["dropped_tokens"]))
     return errors
+
+
+def _relative(squared_error: float, squared: float) -> float:
+    """What should be all 0 must be."""
+    if squared == 0.0:
+        return 0.0 if squared_error == 0.0 else math.inf
+    return math.sqrt(squared_error / squared)
 
 
 def run_rank(rank: int, world: int, folder: Path) -> None:
