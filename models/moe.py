@@ -281,8 +281,8 @@ class _FirstRound(torch.autograd.Function):
     def forward(ctx, lists, place, *operands):  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(*lists, *operands)
         ctx.place = place
-        ticket = operands[0].new_zeros(()).expand(operands[0].shape)
-        return ticket, *(x.view_as(x) for x in operands)
+        ticket = torch.empty_like(operands[0])
+        return ticket, *(x.clone() for x in operands)
 
     @staticmethod
     def backward(ctx, grad, *sums):  # pyright: ignore[reportIncompatibleMethodOverride]
