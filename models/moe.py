@@ -1,9 +1,9 @@
 """A mixture of experts: which experts each token goes to, and what they make of it.
 
 No token is dropped, whatever the routing. Shapes are static: experts work on a bounded number of
-rows at a time, and what one round has no room for goes in further rounds. On the first, traced into
-the graph, nearly always nothing follows; the rest is one operator that the compiler does not look
-into.
+rows at a time, and what one round has no room for goes in further rounds. The first is traced into
+the graph; the others, of which there are nearly always none, are one operator that the compiler
+does not look into.
 """
 
 from collections.abc import Iterator
@@ -274,15 +274,17 @@ def _autograd() -> Iterator[None]:
 
 class _FirstRound(torch.autograd.Function):
     """Operands on their way to round 0. Backward their gradients come back from there, and those of
-    further rounds are added in place: usually nothing, at no cost. The ticket, which holds no
-    memory, is what _FurtherRounds hands the gradient of y over by."""
+    further rounds are added in place: usually nothing, at no cost. The ticket, whose values nobody
+    reads, is what _FurtherRounds hands the gradient of y over by."""
 
     @staticmethod
     def forward(ctx, lists, place, *operands):  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(*lists, *operands)
         ctx.place = place
-        ticket = torch.empty_like(operands[0])
-        return ticket, *(x.clone() for x in operands)
+        # dynamo tries backward on what forward returned, and refuses to write into views. The
+        # compiler leaves the copies out.
+        same = torch.clone if torch.compiler.is_compiling() else torch.Tensor.detach
+        return torch.empty_like(operands[0]), *(same(x) for x in operands)
 
     @staticmethod
     def backward(ctx, grad, *sums):  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -5,6 +5,7 @@ once; everything else is index lists. Rows move by two functions that are each o
 that forward and backward both only read rows: nothing is ever added to where others add too.
 """
 
+import functools
 from typing import Literal, NamedTuple
 
 import torch
@@ -142,7 +143,11 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _sums(y: Tensor, back: Tensor) -> Tensor:
-    return _rows(y, back.flatten()).unflatten(0, back.shape).sum(1)
+    """Added one by one: the code that inductor makes of a sum over 8 and more, inside of rows that
+    are looked up, is slow. In fp32 or better, which costs nothing where it is compiled."""
+    exact = y.dtype if y.element_size() >= 4 else torch.float32
+    parts = [_rows(y, index).to(exact) for index in back.unbind(1)]
+    return functools.reduce(torch.add, parts).to(y.dtype)
 
 
 class _Spread(torch.autograd.Function):
