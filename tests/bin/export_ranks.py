@@ -36,6 +36,18 @@ SMALL = {
     "head_dim": 16,
     "max_position_embeddings": 64,
 }
+EXPERTS = SMALL | {
+    "model_type": "deepseek_v3",
+    "kv_lora_rank": 8,
+    "q_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 2,
+}
 DEEP = SMALL | {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 32}
 MESHES = {
     "ddp": ({"dp_replicate": 4}, "ddp"),
@@ -45,6 +57,12 @@ MESHES = {
     "pp": ({"pp": 4}, "ddp"),
     "pp x fsdp": ({"pp": 2, "dp_shard": 2}, "zero3"),
     "cp x tp": ({"cp": 2, "tp": 2}, "zero1"),
+}
+EXPERT_MESHES = {
+    "fsdp": ({"dp_shard": 4}, "zero3"),
+    "ep": ({"dp_shard": 4, "ep": 4}, "zero3"),
+    "ep x ep_shard": ({"dp_shard": 2, "tp": 2, "ep": 2}, "zero2"),
+    "ep x pp": ({"pp": 2, "dp_shard": 2, "ep": 2}, "ddp"),
 }
 LIMITS = {"many": 20_000, "two": 80_000}
 """Bytes of a file: more files than ranks, and fewer."""
@@ -59,6 +77,10 @@ def weights_of(model: Model, sizes, strategy, dtype=torch.float32) -> dict[str, 
 
 def export_from_meshes(folder: Path, ranks: Ranks) -> None:
     model = make_model(SMALL)
+    experts = make_model(EXPERTS)
+    for name, (sizes, strategy) in EXPERT_MESHES.items():
+        weights = weights_of(experts, sizes, strategy)
+        write_weights(folder / f"experts, {name}", weights, max_shard_bytes=20_000, ranks=ranks)
     for name, (sizes, strategy) in MESHES.items():
         for files, limit in LIMITS.items():
             directory = folder / f"{name}, {files}"

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from omnistep.core import param, rng
 from omnistep.core.checkpoint.safetensors import open_weights
 from omnistep.models import hf
-from tests.bin.export_ranks import LIMITS, MESHES, SMALL, make_model
+from tests.bin.export_ranks import EXPERT_MESHES, EXPERTS, LIMITS, MESHES, SMALL, make_model
 from tests.bin.runs import ENVIRONMENT, ROOT, content
 
 
@@ -38,8 +39,10 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def one_rank(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    model = make_model(SMALL)
+def one_rank(
+    dtype: torch.dtype = torch.float32, raw: Mapping[str, Any] = SMALL
+) -> dict[str, Tensor]:
+    model = make_model(raw)
     params = param.initialize(model.tree, rng.key(0), dtype, torch.device("cpu"))
     weights = hf.export_weights(model.tree, model.names, params)
     return {name: tensor.read() for name, tensor in weights.items()}
@@ -52,6 +55,13 @@ def assert_holds(directory: Path, expected: dict[str, Tensor]) -> None:
         read = weights.read(name)
         assert read.dtype == tensor.dtype
         assert torch.equal(read, tensor), name
+
+
+@pytest.mark.parametrize("mesh", EXPERT_MESHES)
+def test_experts_shared_by_ranks_are_written_one_by_one(mesh: str, exports: Path) -> None:
+    expected = one_rank(raw=EXPERTS)
+    assert "model.layers.3.mlp.experts.7.down_proj.weight" in expected
+    assert_holds(exports / f"experts, {mesh}", expected)
 
 
 @pytest.mark.parametrize("files", LIMITS)

@@ -205,6 +205,7 @@ def test_deepseek_v3():
         top_groups=4,
         group_score="top2",
         bias=True,
+        exact_logits=True,
         shared=2048,
         dense=(0, 1, 2),
     )
@@ -215,7 +216,9 @@ def test_deepseek_v3():
 def test_deepseek_v2_lite():
     cfg = decoder_config(DEEPSEEK_V2_LITE)
     assert cfg.latent == Latent(kv=512, nope=128, rope=64, value=128, q=None)
-    assert cfg.experts == Experts(count=64, top_k=6, mlp=1408, shared=2816, dense=(0,))
+    assert cfg.experts == Experts(
+        count=64, top_k=6, mlp=1408, exact_logits=True, shared=2816, dense=(0,)
+    )
 
 
 def test_qwen2_moe():

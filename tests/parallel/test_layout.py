@@ -2,6 +2,7 @@
 
 import math
 
+import attrs
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,12 +11,16 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from omnistep.core import param, rng
 from omnistep.core.tree import leaves_with_names
 from omnistep.models import decoder, hf
+from omnistep.models.config import Experts
 from omnistep.models.hf_names import weight_names
 from omnistep.parallel.layout import Place, extent, place
 from omnistep.parallel.mesh import Group, Mesh, MeshError, destroy_groups, make_mesh
 
 CFG = decoder.Config(
     vocab=128, embed=64, layers=4, heads=8, kv_heads=4, head_dim=16, mlp=96, qk_norm=True
+)
+EXPERTS = attrs.evolve(
+    CFG, experts=Experts(count=16, top_k=2, mlp=32, bias=True, shared=32, dense=(0, 2)), layers=6
 )
 
 
@@ -24,7 +29,7 @@ def fake_mesh():
     """make_mesh for a rank of as many ranks as the sizes say, without the others."""
 
     def make(rank: int = 0, **sizes: int) -> Mesh:
-        world = math.prod(sizes.values())
+        world = math.prod(size for axis, size in sizes.items() if axis != "ep")
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
         return make_mesh(sizes, torch.device("cpu"))
 
@@ -100,11 +105,20 @@ def test_heads_that_ulysses_cannot_share(fake_mesh):
         decoder.check_mesh(CFG, mesh)
 
 
-@pytest.mark.parametrize("sizes", [{"dp_shard": 4, "tp": 2}, {"pp": 2, "tp": 2, "dp_shard": 2}])
-def test_a_rank_makes_and_reads_only_its_pieces(sizes, fake_mesh):
+@pytest.mark.parametrize(
+    ("cfg", "sizes"),
+    [
+        (CFG, {"dp_shard": 4, "tp": 2}),
+        (CFG, {"pp": 2, "tp": 2, "dp_shard": 2}),
+        (EXPERTS, {"dp_shard": 8}),
+        (EXPERTS, {"dp_shard": 4, "tp": 2, "ep": 4}),
+        (EXPERTS, {"pp": 2, "dp_shard": 2, "cp": 2, "ep": 2}),
+    ],
+)
+def test_a_rank_makes_and_reads_only_its_pieces(cfg, sizes, fake_mesh):
     """init_device meta, and model_path: piece by piece, equal to the whole's."""
-    tree, key, cpu = decoder.params(CFG), rng.key(0), torch.device("cpu")
-    names = weight_names("qwen3", CFG)
+    tree, key, cpu = decoder.params(cfg), rng.key(0), torch.device("cpu")
+    names = weight_names("deepseek_v3", cfg)
     whole = param.initialize(tree, key, torch.float32, cpu)
     tensors = {name: t.read() for name, t in hf.export_weights(tree, names, whole).items()}
     mesh = fake_mesh(rank=5, **sizes)
@@ -116,7 +130,7 @@ def test_a_rank_makes_and_reads_only_its_pieces(sizes, fake_mesh):
             made.append(math.prod(block.shape))
             return p.init(key, shape, dtype, block)
 
-        return param.Param(p.shape, p.axes, init, p.decay)
+        return attrs.evolve(p, init=init)
 
     class Watched(hf.InMemory):
         def read(self, name, slices):
@@ -134,7 +148,11 @@ def test_a_rank_makes_and_reads_only_its_pieces(sizes, fake_mesh):
         part = leaf[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
         assert torch.equal(ours[name].to_local(), part), name
         assert torch.equal(imported[name].to_local(), part), name
-    vectors = sum(leaf.numel() for name, leaf in leaves_with_names(whole).items() if "norm" in name)
+    vectors = sum(
+        leaf.numel()
+        for name, leaf in leaves_with_names(whole).items()
+        if "norm" in name or name == "router_bias"
+    )
     share = (param.count(tree) - vectors) / 8 + vectors
     assert sum(made) <= share
     assert sum(read) <= share
