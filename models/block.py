@@ -135,18 +135,29 @@ def attend(
     """x and its attention; `w` holds a layer's weights, without the leading axis, as far as this
     rank of tp uses them. `seq` is this rank's share of the row; `starts` are those of the whole
     row; cos and sin belong to the share of (cp, ulysses), which tp gathers."""
-    h = rms_norm(x, w["attn_norm"], cfg.norm_eps)
-    if cfg.latent is None:
-        qkv = project_qkv(all_gather(h, ranks.tp, 1), w, cos, sin, cfg)
-        q, k, v = sequence_to_heads(*qkv, ranks.ulysses)
-    else:
-        q, k, v = project_latent(h, w, cos, sin, cfg, ranks.tp, ranks.ulysses)
-    width = v.shape[-1]
-    if width < q.shape[-1]:
-        v = F.pad(v, (0, q.shape[-1] - width))  # attention takes values as wide as keys
+    q, k, v = project(rms_norm(x, w["attn_norm"], cfg.norm_eps), w, cos, sin, cfg, ranks)
     scale, sinks = cfg.attention_scale, sinks_of(w, ranks.ulysses)
     a = ring_attention(q, k, v, starts, ranks.cp, scale=scale, window=window, sinks=sinks)
-    return x + attention_output(all_to_all(a[..., :width], ranks.ulysses, 1, 2), w, ranks.tp)
+    a = a[..., : w["o"].shape[-1]]  # values may have been made wider
+    return x + attention_output(all_to_all(a, ranks.ulysses, 1, 2), w, ranks.tp)
+
+
+def project(
+    h: Float[Tensor, "rows seq embed"],
+    w: Mapping[str, Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    cfg: Config,
+    ranks: Ranks,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values for this rank's heads and the tokens of all ranks of ulysses and tp.
+    All are [rows, seq, heads, head_dim]: attention takes values as wide as keys, so narrower ones
+    end in zeros."""
+    if cfg.latent is None:
+        qkv = project_qkv(all_gather(h, ranks.tp, 1), w, cos, sin, cfg)
+        return sequence_to_heads(*qkv, ranks.ulysses)
+    q, k, v = project_latent(h, w, cos, sin, cfg, ranks.tp, ranks.ulysses)
+    return q, k, F.pad(v, (0, k.shape[-1] - v.shape[-1]))
 
 
 def dense_block(

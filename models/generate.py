@@ -1,9 +1,9 @@
-"""Generation with a dense decoder: a cache of static shape, one compiled layer called per layer.
+"""Generation with a decoder: a cache of static shape, one compiled layer called per layer.
 
 Rows are padded on the left, so that all rows write their next token at the same cache index.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,12 @@ from omnistep.core import rng
 from omnistep.core.compile import compile_graph
 from omnistep.core.tree import Tree, tree_map
 from omnistep.models.attention import attention, decode_attention
-from omnistep.models.block import attention_output, mlp, project_qkv
+from omnistep.models.block import Ranks, attention_output, mixture, mlp, project
 from omnistep.models.config import Config
 from omnistep.models.decoder import output_name, rope, unstack
 from omnistep.models.layers import at_least_fp32, rms_norm
 
+ALONE = Ranks()
 CACHE_STEP = 256
 """Cache lengths are multiples of this: a conversation that grows compiles rarely."""
 PROMPT_STEP = 32
@@ -63,13 +64,29 @@ def choose(
     return (z - (-torch.stack(rows).clamp(min=tiny).log()).log()).argmax(-1)
 
 
+def _feed_forward(x: Tensor, w: Mapping[str, Tensor], cfg: Config) -> Tensor:
+    """x and what its MLP or its experts make of it."""
+    h = rms_norm(x, w["mlp_norm"], cfg.norm_eps)
+    if "router" not in w:
+        return x + mlp(h, w)
+    real = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
+    return x + mixture(h, w, real, w.get("router_bias"), cfg, ALONE)[0]
+
+
 def _prefill_layer(
-    x: Tensor, w: dict[str, Tensor], cos: Tensor, sin: Tensor, starts: Tensor, cfg: Config, window
+    x: Tensor,
+    w: Mapping[str, Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    starts: Tensor,
+    cfg: Config,
+    window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = project_qkv(rms_norm(x, w["attn_norm"], cfg.norm_eps), w, cos, sin, cfg)
-    a = attention(q, k, v, starts, scale=cfg.attention_scale, window=window)
-    x = x + attention_output(a, w)
-    return x + mlp(rms_norm(x, w["mlp_norm"], cfg.norm_eps), w), k, v
+    q, k, v = project(rms_norm(x, w["attn_norm"], cfg.norm_eps), w, cos, sin, cfg, ALONE)
+    scale, sinks = cfg.attention_scale, w.get("sinks")
+    a = attention(q, k, v, starts, scale=scale, window=window, sinks=sinks)
+    x = x + attention_output(a[..., : w["o"].shape[-1]], w)
+    return _feed_forward(x, w, cfg), k, v
 
 
 def make_decode_layer(cfg: Config, window: int | None) -> Callable[..., Tensor]:
@@ -77,16 +94,32 @@ def make_decode_layer(cfg: Config, window: int | None) -> Callable[..., Tensor]:
     the token's key and value into the caches at index `at`."""
 
     def decode_layer(x, w, cos, sin, k_cache, v_cache, first, at):
-        q, k, v = project_qkv(rms_norm(x, w["attn_norm"], cfg.norm_eps), w, cos, sin, cfg)
+        q, k, v = project(rms_norm(x, w["attn_norm"], cfg.norm_eps), w, cos, sin, cfg, ALONE)
         k_cache.index_copy_(1, at.view(1), k)
         v_cache.index_copy_(1, at.view(1), v)
+        scale, sinks = cfg.attention_scale, w.get("sinks")
         a = decode_attention(
-            q, k_cache, v_cache, first, at, scale=cfg.attention_scale, window=window
+            q, k_cache, v_cache, first, at, scale=scale, window=window, sinks=sinks
         )
-        x = x + attention_output(a, w)
-        return x + mlp(rms_norm(x, w["mlp_norm"], cfg.norm_eps), w)
+        x = x + attention_output(a[..., : w["o"].shape[-1]], w)
+        return _feed_forward(x, w, cfg)
 
     return decode_layer
+
+
+def layers_in_order(cfg: Config, weights: Tree, dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    """Each layer's weights as `dtype`; a router's bias, which is exact, as it is."""
+    stacks = {
+        name: iter(unstack(tree_map(lambda w: w.to(dtype), weights[name])))
+        for name in ("layers", "dense_layers")
+        if name in weights
+    }
+    dense = cfg.dense_layers
+    layers = [next(stacks["dense_layers" if i in dense else "layers"]) for i in range(cfg.layers)]
+    if "router_bias" in weights:
+        for i, bias in zip(cfg.stacked_layers, weights["router_bias"], strict=True):
+            layers[i]["router_bias"] = bias
+    return layers
 
 
 Generate = Callable[..., Iterator[list[int]]]
@@ -104,8 +137,9 @@ def make_generate(
     """
     maybe_compile = compile_graph if compile else lambda function: function
     windows = cfg.windows or (None,) * cfg.layers
-    by_window = {w: maybe_compile(make_decode_layer(cfg, w)) for w in set(windows)}
-    layers = unstack(tree_map(lambda w: w.to(dtype), weights["layers"]))
+    layers = layers_in_order(cfg, weights, dtype)
+    kinds = [("router" in w, window) for w, window in zip(layers, windows, strict=True)]
+    compiled = {kind: maybe_compile(make_decode_layer(cfg, kind[1])) for kind in set(kinds)}
     embed = weights["embed"]
     final_norm = weights["final_norm"].to(dtype)
     head = weights[output_name(weights)].to(dtype)
@@ -130,7 +164,7 @@ def make_generate(
         for w, window in zip(layers, windows, strict=True):
             x, k, v = _prefill_layer(x, w, cos, sin, starts, cfg, window)
             for caches, part in ((k_caches, k), (v_caches, v)):
-                cache = x.new_zeros(rows, length, cfg.kv_heads, cfg.head_dim)
+                cache = x.new_zeros(rows, length, *part.shape[2:])
                 cache[:, :seq] = part
                 caches.append(cache)
         return x, k_caches, v_caches
@@ -159,7 +193,7 @@ def make_generate(
                 at = torch.tensor(seq + step, device=device)
                 cos, sin = rope(cfg, (at - first)[:, None], dtype)
                 x = F.embedding(token[:, None], embed).to(dtype)
-                for i, (w, window) in enumerate(zip(layers, windows, strict=True)):
-                    x = by_window[window](x, w, cos, sin, k_caches[i], v_caches[i], first, at)
+                for i, (w, kind) in enumerate(zip(layers, kinds, strict=True)):
+                    x = compiled[kind](x, w, cos, sin, k_caches[i], v_caches[i], first, at)
 
     return generate

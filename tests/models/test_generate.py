@@ -5,15 +5,17 @@ import torch
 
 from omnistep.core import rng
 from omnistep.models.generate import Sampling, choose, make_generate
+from tests.models import test_families
 from tests.models.reference import imported
-from tests.models.test_decoder import reference
+from tests.models.test_decoder import CASES, reference
 
 GREEDY = Sampling(do_sample=False)
 PROMPTS = [[5, 17, 3, 80, 9, 9, 41], [7], list(range(2, 40))]
 
 
 def load(case: str):
-    model, cfg = reference(case, torch.float32)
+    make = reference if case in CASES else test_families.reference
+    model, cfg = make(case, torch.float32)
     return model.eval(), cfg, imported(model, cfg, torch.float32)
 
 
@@ -30,6 +32,12 @@ def collect(generate, prompts, count, seed=0, rows_seen=0):
         ("llama3", False),
         ("mistral", False),
         ("qwen3", True),
+        ("mixtral-window", False),
+        ("qwen2_moe-dense", False),
+        ("deepseek_v2-groups", False),
+        ("deepseek_v3", False),
+        ("qwen3_moe", True),
+        ("deepseek_v3-yarn", True),
     ],
 )
 def test_greedy_equals_transformers(case, compile):

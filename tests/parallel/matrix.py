@@ -31,9 +31,7 @@ from omnistep.parallel.remat import Remat
 
 ROWS, SEQ, STEPS = 24, 32, 3
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
-LLAMA = Config(
-    vocab=64, embed=32, layers=4, heads=8, kv_heads=4, head_dim=4, mlp=64, init_std=0.2
-)
+LLAMA = Config(vocab=64, embed=32, layers=4, heads=8, kv_heads=4, head_dim=4, mlp=64, init_std=0.2)
 EXPERTS = Experts(count=8, top_k=2, mlp=16, normalize=True, aux=0.1)
 DEEPSEEK = Experts(
     count=8,
@@ -54,9 +52,7 @@ DEEPSEEK = Experts(
 MODELS = {
     "llama": LLAMA,
     "qwen3": evolve(LLAMA, tied=True, qk_norm=True),
-    "bias": evolve(
-        LLAMA, qkv_bias=True, out_bias=True, mlp_bias=True, windows=(None, 5, None, 5)
-    ),
+    "bias": evolve(LLAMA, qkv_bias=True, out_bias=True, mlp_bias=True, windows=(None, 5, None, 5)),
     "moe": evolve(LLAMA, tied=True, experts=EXPERTS),
     "deepseek": evolve(LLAMA, layers=5, experts=DEEPSEEK),
     "skewed": evolve(LLAMA, experts=evolve(EXPERTS, bias=True)),
