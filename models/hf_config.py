@@ -230,6 +230,11 @@ def _latent(family: str, c: Json) -> Latent | None:
             f"num_key_value_heads {c['num_key_value_heads']} with {heads} attention heads: latent "
             "attention has as many of both"
         )
+    if c.get("head_dim", c["qk_rope_head_dim"]) != c["qk_rope_head_dim"]:
+        raise ValueError(
+            f"head_dim {c['head_dim']} with qk_rope_head_dim {c['qk_rope_head_dim']}: transformers "
+            "takes both for the rotated part of a head; leave head_dim out"
+        )
     return Latent(
         kv=c["kv_lora_rank"],
         nope=c["qk_nope_head_dim"],

@@ -42,6 +42,7 @@ EXPERTS = SMALL | {
     "q_lora_rank": 12,
     "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 4,
+    "head_dim": 4,
     "v_head_dim": 8,
     "moe_intermediate_size": 16,
     "n_routed_experts": 8,

@@ -280,6 +280,7 @@ def test_keys_have_older_names():
         (DEEPSEEK_V3, {"scoring_func": "softmax"}, "scoring_func 'softmax' is not built"),
         (DEEPSEEK_V3, {"moe_layer_freq": 2}, "moe_layer_freq 2 is not built"),
         (DEEPSEEK_V3, {"num_key_value_heads": 8}, "latent attention has as many of both"),
+        (DEEPSEEK_V3, {"head_dim": 192}, "head_dim 192 with qk_rope_head_dim 64"),
         (DEEPSEEK_V3, {"v_head_dim": 256}, "values of 256 can't be wider than keys of 192"),
         (QWEN3, {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not built"),
         (QWEN3, {"num_experts_per_tok": 200}, "a token can't use 200 of 128 experts"),
