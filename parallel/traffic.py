@@ -85,11 +85,12 @@ def counted(sizes: dict[str, int], rank: int = 0) -> Iterator[tuple[Mesh, list[M
     (clear it to start again). What should arrive from others is whatever lies in memory.
 
     Sizes of 1 throughout give a job of one rank, with a process group nevertheless: what is sent
-    over no axis would be seen. Raises RuntimeError in a process that is part of a job.
+    over no axis would be seen. Messages of experts (with ep above 1) go by the axes of AXES in which
+    their ranks differ. Raises RuntimeError in a process that is part of a job.
     """
     if dist.is_initialized():
         raise RuntimeError("messages can only be counted in a process that is not part of a job")
-    sizes = {axis: sizes[axis] for axis in AXES if axis in sizes}
+    shared, sizes = sizes.get("ep", 1), {axis: sizes[axis] for axis in AXES if axis in sizes}
     messages: list[Message] = []
     world = 1
     for size in sizes.values():
@@ -102,7 +103,7 @@ def counted(sizes: dict[str, int], rank: int = 0) -> Iterator[tuple[Mesh, list[M
     dist.Backend.register_backend(_NAME, make, extended_api=True, devices=["cpu"])
     dist.init_process_group(_NAME, store=FakeStore(), rank=rank, world_size=world)
     try:
-        mesh = make_mesh(sizes, torch.device("cpu"))
+        mesh = make_mesh({**sizes, "ep": shared}, torch.device("cpu"))
         messages.clear()
         yield mesh, messages
     finally:

@@ -21,11 +21,11 @@ import torch.distributed as dist
 from omnistep.core import param
 from omnistep.core.tree import tree_leaves
 from omnistep.models import decoder
-from omnistep.parallel.mesh import AXES, destroy_groups, make_mesh
+from omnistep.parallel.mesh import destroy_groups, make_mesh
 from omnistep.parallel.remat import Remat
 from tests.parallel.counting import Held, held, pretended
 from tests.parallel.hollow import Watch, visible_buffers
-from tests.parallel.paper import CUT_BY, Setting
+from tests.parallel.paper import Setting
 
 MODEL = decoder.Config(vocab=512, embed=1024, layers=8, heads=8, kv_heads=4, head_dim=32, mlp=512)
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -46,10 +46,7 @@ def state_bytes(s: Setting) -> int:
 
 
 def _piece(s: Setting, p: param.Param) -> int:
-    cut = {CUT_BY[axis] for axis in p.axes if axis in CUT_BY}
-    if sum(axis != "layers" for axis in p.axes) > 1:
-        cut |= {axis for axis in AXES if axis != "dp_replicate"}
-    return math.prod(p.shape) * s.weights.itemsize // s.size(*cut)
+    return s.piece(p) * s.weights.itemsize
 
 
 def peak_bytes(s: Setting, kept: int, kept_by_all: int) -> int:

@@ -10,7 +10,6 @@ from attrs import frozen
 
 from omnistep.core import optim, param, rng
 from omnistep.core.batch import Batch
-from omnistep.core.grad import LossOutput
 from omnistep.core.step import init_state, make_train_step
 from omnistep.core.tree import tree_leaves
 from omnistep.models import decoder
@@ -29,21 +28,24 @@ def batch_of(s: Setting) -> Batch:
 
 
 def make_step(
-    s: Setting, mesh: Mesh, *, compile: bool = True, at_loss: Callable[[], Any] = lambda: None
+    s: Setting, mesh: Mesh, *, compile: bool = True, passed: Callable[[], Any] = lambda: None
 ):
-    """(step, state, batch). at_loss is called between the layers and the loss."""
+    """(step, state, batch). passed is called after a stage's layers have run forward."""
     tree = decoder.params(s.cfg)
     layout = param.make_layout(tree, mesh, s.strategy, s.compute, bucket=s.bucket)
     weights = param.initialize(tree, rng.key(0), s.weights, torch.device("cpu"), layout)
     optimizer = optim.adamw()
-    stages = decoder.make_stages(s.cfg, layout, mode=s.mode, compile=compile)
+    stages = decoder.make_stages(
+        s.cfg, layout, mode=s.mode, dispatch=s.dispatch, compile=compile
+    )
 
-    def last(*args: Any) -> LossOutput:
-        at_loss()
-        return stages.last(*args)
+    def middle(*args: Any) -> Any:
+        x = stages.middle(*args)
+        passed()
+        return x
 
     step = make_train_step(
-        attrs.evolve(stages, last=last),
+        attrs.evolve(stages, middle=middle),
         optimizer,
         lambda step: torch.full((), 1e-3),
         layout=layout,
@@ -68,26 +70,32 @@ class Held:
 
     state: int
     kept: int
-    """What the layers' forward pass leaves for the backward pass."""
+    """What the layers' forward pass leaves for the backward pass, of all micro-batches that are on
+    their way."""
     peak: int
     """The most at one time, the state included."""
 
 
-def held(s: Setting, mesh: Mesh, memory: Memory, traffic: Traffic | None = None) -> Held:
-    """In the second step: the first one compiles. traffic: left with what that step sends."""
-    at_loss: list[int] = []
-    step, state, batch = make_step(s, mesh, at_loss=lambda: at_loss.append(memory.live))
+def held(s: Setting, mesh: Mesh, memory: Memory, restart: Callable[[], Any] = lambda: None) -> Held:
+    """In the second step: the first one compiles. restart is called before it."""
+    passed: list[int] = []
+    step, state, batch = make_step(s, mesh, passed=lambda: passed.append(memory.live))
     state = step(state, batch)[0]
     own = sum(to_local(x).nbytes for x in tree_leaves(state))
     before = memory.live
     memory.restart()
-    if traffic is not None:
-        traffic.clear()
+    restart()
     step(state, batch)
-    return Held(own, at_loss[-1] - before, memory.peak - before + own)
+    return Held(own, passed[-1] - before, memory.peak - before + own)
 
 
 def pretended(s: Setting, rank: int = 0) -> tuple[Held, Traffic]:
     """Of a compiled step on `rank`, without arithmetic and without memory."""
-    with counted(dict(s.sizes), rank) as (mesh, _), hollow_kernels(), Ledger(mesh) as ledger:
-        return held(s, mesh, ledger.memory, ledger.traffic), ledger.traffic
+    with counted(dict(s.sizes), rank) as (mesh, links), hollow_kernels(), Ledger(mesh) as ledger:
+
+        def restart() -> None:
+            ledger.traffic.clear()
+            links.clear()
+
+        found = held(s, mesh, ledger.memory, restart)
+        return found, ledger.traffic + Counter(links)

@@ -120,7 +120,8 @@ class Watch(TorchDispatchMode):
 
 class Ledger(FakeTensorMode):
     """Inside, tensors have no memory; `memory` is what they would take, `traffic` what was sent (by
-    collectives: sends between stages arrive at the process group)."""
+    collectives: sends between stages arrive at the process group). Operators that read numbers to
+    decide what to send (further rounds of experts) decide nothing here, and send nothing."""
 
     def __init__(self, mesh: Mesh):
         super().__init__()
