@@ -9,13 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from omnistep.core import rng
 from omnistep.core.tree import Tree, map_with_name, tree_leaves, tree_map
 from omnistep.parallel.layout import Place, Strategy, extent, place, to_global
-from omnistep.parallel.mesh import Mesh
+from omnistep.parallel.mesh import Group, Mesh
 
 Init = Callable[[Tensor, tuple[int, ...], torch.dtype, rng.Block], Tensor]
 """(key, shape, dtype, block) -> the values of a block of a tensor of this shape, on the key's
@@ -39,7 +39,8 @@ class Param:
 
     `axes` are what layouts are written in ("layers", "embed", "heads", ...). `decay` says
     whether weight decay applies: to matrices and embeddings, not to norms and biases. What is
-    `exact` is kept in fp32 or better, whatever the dtype of the others.
+    `exact` is kept in fp32 or better, whatever the dtype of the others. What is not `learned` has no
+    gradient, so none is summed over ranks: the loss itself may set it (core.grad.Stages.after).
     """
 
     shape: tuple[int, ...]
@@ -47,6 +48,7 @@ class Param:
     init: Init
     decay: bool = True
     exact: bool = False
+    learned: bool = True
 
     def dtype(self, of_others: torch.dtype) -> torch.dtype:
         return torch.promote_types(of_others, torch.float32) if self.exact else of_others
@@ -95,9 +97,12 @@ def make_layout(
     bucket: bool = False,
 ) -> Layout:
     """Raises MeshError, naming the parameter, where a size does not divide."""
-    places = map_with_name(
-        lambda name, p: place(name, p.shape, p.axes, mesh, strategy), params, is_leaf=is_param
-    )
+
+    def where(name: str, p: Param) -> Place:
+        at = place(name, p.shape, p.axes, mesh, strategy)
+        return at if p.learned else evolve(at, reduce=Group())
+
+    places = map_with_name(where, params, is_leaf=is_param)
     return Layout(mesh, places, strategy, dtype, bucket)
 
 

@@ -37,7 +37,9 @@ def params(cfg: Config) -> Tree:
         tree["dense_layers"] = _layers(cfg, "dense_layers", len(cfg.dense_layers), None)
     if cfg.experts and cfg.experts.bias:
         shape = (len(cfg.stacked_layers), cfg.experts.count)
-        bias = Param(shape, ("layers", "choices"), constant(0.0), decay=False, exact=True)
+        bias = Param(
+            shape, ("layers", "choices"), constant(0.0), decay=False, exact=True, learned=False
+        )
         tree["router_bias"] = bias
     if not cfg.tied:
         tree["lm_head"] = Param((cfg.vocab, cfg.embed), ("vocab", "embed"), normal(cfg.init_std))
