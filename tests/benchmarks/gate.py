@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -39,3 +39,25 @@ class Process:
     def end(self) -> None:
         self.process.kill()
         self.process.wait()
+
+
+def paired(
+    start: Mapping[str, Callable[[], Process]], warm: int, rounds: int
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, float]]:
+    """The figures of every step but `warm` first ones of all contestants, who step in turn A B C,
+    C B A, ...; and the seconds from each one's start to the end of its first step."""
+    processes, first = [], {}
+    for name, run in start.items():
+        process = run()
+        for i in range(warm):
+            process.step()
+            if i == 0:
+                first[name] = time.time() - process.started
+        processes.append(process)
+    steps: dict[str, list[dict[str, Any]]] = {name: [] for name in start}
+    for i in range(rounds):
+        for process in processes[:: 1 if i % 2 == 0 else -1]:
+            steps[process.name].append(process.step())
+    for process in processes:
+        process.end()
+    return steps, first

@@ -23,10 +23,10 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from tests.benchmarks.gate import Process
+from tests.benchmarks.gate import Process, paired
 from tests.benchmarks.work import TOKENS, flops_per_step
 
 HERE = Path(__file__).parent
@@ -51,28 +51,6 @@ def contestant(name: str, options: argparse.Namespace, cache: str, steps: int) -
     }
     start = [*command(name, options.litgpt_python), "--steps", str(steps)]
     return Process(name, start, environment)
-
-
-def paired(
-    names: list[str], options: argparse.Namespace, cache: str
-) -> tuple[dict[str, list[dict[str, Any]]], dict[str, float]]:
-    """The steps of all, and the seconds each took to its first step with an empty cache."""
-    total = options.warm + options.rounds
-    processes, cold = [], {}
-    for name in names:
-        process = contestant(name, options, cache, total)
-        for i in range(options.warm):
-            process.step()
-            if i == 0:
-                cold[name] = time.time() - process.started
-        processes.append(process)
-    steps: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    for i in range(options.rounds):
-        for process in processes[:: 1 if i % 2 == 0 else -1]:
-            steps[process.name].append(process.step())
-    for process in processes:
-        process.end()
-    return steps, cold
 
 
 def warm_start(name: str, options: argparse.Namespace, cache: str) -> float:
@@ -118,7 +96,9 @@ def main() -> None:
 
     top = ceiling(options.threads)
     with tempfile.TemporaryDirectory() as cache:
-        steps, cold = paired(names, options, cache)
+        total = options.warm + options.rounds
+        start = {name: partial(contestant, name, options, cache, total) for name in names}
+        steps, cold = paired(start, options.warm, options.rounds)
         warm = {name: warm_start(name, options, cache) for name in names}
     flops = flops_per_step()
     print(f"sgemm ceiling {top:.0f} GFLOP/s with {options.threads} threads")

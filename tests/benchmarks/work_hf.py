@@ -32,16 +32,18 @@ def make_model() -> transformers.PreTrainedModel:
     return model.train()
 
 
-def plain(steps: int, compile: bool) -> None:
-    model = make_model()
+def plain(
+    model: transformers.PreTrainedModel, steps: int, compile: bool, profile: str = ""
+) -> None:
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": work.DECAY},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=work.LR, betas=(0.9, 0.95), eps=1e-8, fused=True)
     forward = torch.compile(model) if compile else model
-    timer = work.Timer()
-    for tokens in torch.from_numpy(work.tokens(steps)):
+    timer, profiler = work.Timer(), work.Profiler(profile)
+    for i, tokens in enumerate(torch.from_numpy(work.tokens(steps))):
+        profiler.at(i)
         timer.start()
         loss = forward(input_ids=tokens, labels=tokens).loss
         loss.backward()
@@ -51,7 +53,7 @@ def plain(steps: int, compile: bool) -> None:
         timer.stop(loss.item())
 
 
-def trainer(steps: int, compile: bool) -> None:
+def trainer(model: transformers.PreTrainedModel, steps: int, compile: bool) -> None:
     rows = torch.from_numpy(work.tokens(steps)).reshape(-1, work.SEQ)
     timer = work.Timer()
 
@@ -94,7 +96,7 @@ def trainer(steps: int, compile: bool) -> None:
         torch_compile=compile,
     )
     data = [{"input_ids": row, "labels": row} for row in rows]
-    run = Trainer(model=make_model(), args=arguments, train_dataset=data, callbacks=[Clock()])  # pyright: ignore[reportArgumentType]
+    run = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Clock()])  # pyright: ignore[reportArgumentType]
     run.train()
 
 
@@ -104,4 +106,5 @@ if __name__ == "__main__":
     parser.add_argument("--loop", choices=["plain", "trainer"], required=True)
     parser.add_argument("--eager", action="store_true")
     options = parser.parse_args()
-    {"plain": plain, "trainer": trainer}[options.loop](options.steps, not options.eager)
+    loop = {"plain": plain, "trainer": trainer}[options.loop]
+    loop(make_model(), options.steps, not options.eager)
