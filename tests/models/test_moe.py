@@ -51,12 +51,15 @@ def assert_close(got, expected, tolerance=1e-12):
 
 def choices(kind: str, tokens: int, top_k: int, ranks: int) -> Tensor:
     """Each token's experts. random; one expert: the first choice of all is the same; one rank: all
-    choose the last rank's experts, as far as it has so many."""
+    choose the last rank's experts, as far as it has so many; one sender: only the first rank's
+    tokens do, so that ranks differ in how many rounds they need."""
     preference = torch.rand(tokens, COUNT)
     if kind == "one expert":
         preference[:, 3] += 1
     if kind == "one rank":
         preference[:, -COUNT // ranks :] += 1
+    if kind == "one sender":
+        preference[: tokens // ranks, -COUNT // ranks :] += 1
     return preference.topk(top_k).indices
 
 
@@ -164,7 +167,9 @@ def test_routing_is_that_of_transformers(family, compile):
     x.requires_grad_()
     logits, weights, ids = module(x)
     expected = spread_out(ids, weights)
-    expected_grads = torch.autograd.grad((expected * target).sum(), (x, module.weight))
+    expected_grads = torch.autograd.grad(
+        (expected * target).sum(), (x, module.weight), retain_graph=True
+    )
     ours = partial(route, cfg=cfg)
     if compile:
         ours = torch.compile(ours, fullgraph=True, backend="aot_eager")
@@ -207,7 +212,7 @@ def test_a_bias_chooses_and_does_not_weigh():
 
 # Experts
 
-KINDS = ["random", "one expert", "one rank"]
+KINDS = ["random", "one expert", "one rank", "one sender"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -339,7 +344,7 @@ def run_rank(rank, size, store):
         check_case(*case, ep)
     if size == 4:
         for dispatch in ("gather", "all_to_all"):
-            check_compiled(dispatch, "one rank", 2, ep)
+            check_compiled(dispatch, "one sender", 2, ep)
     destroy_groups()
 
 
