@@ -252,6 +252,20 @@ def test_layers_without_experts():
     assert decoder_config({**DEEPSEEK_V3, "first_k_dense_replace": 99}).experts is None
 
 
+def test_which_layers_have_a_window():
+    def windows(raw: dict[str, Any], **change: Any) -> tuple[int | None, ...]:
+        few = {"num_hidden_layers": 4, "sliding_window": 9, "use_sliding_window": True}
+        return decoder_config({**raw, **few, **change}).windows
+
+    assert windows(MIXTRAL) == (9,) * 4
+    assert windows(QWEN3) == (9,) * 4
+    assert windows(QWEN3, use_sliding_window=False) == ()
+    assert windows(QWEN2) == (9, None, 9, None)  # every other layer, of the first max_window_layers
+    assert windows(QWEN2, max_window_layers=2) == (9, None, None, None)
+    assert windows(QWEN2, layer_types=["full_attention"] * 3 + ["sliding_attention"])[3] == 9
+    assert windows({"model_type": "qwen3"}, max_window_layers=2) == (None, None, 9, 9)
+
+
 def test_null_is_not_always_the_default():
     assert decoder_config({"model_type": "mistral", "sliding_window": None}).windows == ()
     assert decoder_config({"model_type": "mistral"}).windows == (4096,) * 32
