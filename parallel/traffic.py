@@ -115,10 +115,12 @@ _NAME = "counted"
 
 def axes_of(ranks: Iterable[int], sizes: dict[str, int]) -> tuple[str, ...]:
     """The axes along which ranks differ."""
-    places = [torch.unravel_index(torch.tensor(r), tuple(sizes.values())) for r in ranks]
-    return tuple(
-        axis for i, axis in enumerate(sizes) if len({int(place[i]) for place in places}) > 1
-    )
+    ranks, axes, inner = list(ranks), [], 1
+    for axis, size in reversed(sizes.items()):
+        if len({rank // inner % size for rank in ranks}) > 1:
+            axes.insert(0, axis)
+        inner *= size
+    return tuple(axes)
 
 
 class _Done(dist.Work):
