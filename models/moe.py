@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from omnistep.models import grouped
 from omnistep.models.config import Experts
 from omnistep.models.grouped import swiglu_experts
 from omnistep.models.layers import at_least_fp32
@@ -304,10 +305,10 @@ class _FurtherRounds(torch.autograd.Function):
         return grad, None, grad, *[None] * 7
 
 
-SAVED_OPS = frozenset(
+SAVED_OPS = grouped.SAVED_OPS | frozenset(
     {
         torch.ops.omnistep.further_rounds.default,
-        # cheap, but what is computed again need not choose the same where two are nearly equal
+        # cheap, but computed again it might choose another expert where two are nearly equal
         torch.ops.aten.topk.default,
         torch.ops.aten.sort.stable,
         torch.ops._c10d_functional.all_reduce.default,
