@@ -29,7 +29,7 @@ from omnistep.core.checkpoint.safetensors import INDEX, SINGLE, nearest, open_we
 from omnistep.core.checkpoint.store import open_store
 from omnistep.models import hf
 from omnistep.models.hf_config import read_config_json
-from omnistep.models.hf_names import OUTER, Part
+from omnistep.models.hf_names import OUTER, Part, fused
 
 Kind = Literal["checkpoint", "hf", "dcp"]
 
@@ -180,10 +180,14 @@ class CheckpointWeights:
 # ---- torch.distributed.checkpoint ------------------------------------------------------------
 
 
-def _named(dcp: DcpWeights, model: Model, prefix: str | None) -> DcpWeights:
-    """The tensors by the model's names. Raises ValueError where names are missing, or stand there
-    that the model does not have."""
+def _named(dcp: DcpWeights, model: Model, prefix: str | None) -> hf.Source:
+    """The tensors by the model's names: experts one by one, as in files, or a layer's together, as
+    in transformers' modules. Raises ValueError where names are missing, or stand there that the
+    model does not have."""
     held, wanted = dcp.names(), [part.theirs for part in model.names.all_parts(model.tree)]
+    is_fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in held)
+    if is_fused:
+        wanted = list(dict.fromkeys(fused(name).name for name in wanted))
     if prefix is None:
         try:
             prefix = common_prefix(held, wanted)
@@ -203,7 +207,8 @@ def _named(dcp: DcpWeights, model: Model, prefix: str | None) -> DcpWeights:
             f"{dcp.path} holds what the model has no place for: {_listed(others)}. It is of "
             "another model, or one that was changed (as by LoRA): set model.config_path to its own"
         )
-    return DcpWeights(dcp.path, prefix, dcp.reader, dcp.metadata)
+    found = DcpWeights(dcp.path, prefix, dcp.reader, dcp.metadata)
+    return hf.FusedExperts.of(found) if is_fused else found
 
 
 def _is_extra(name: str) -> bool:

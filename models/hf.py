@@ -1,8 +1,8 @@
 """Weights from and to files in Hugging Face's layout: what is cut here is one tensor there, what is
 stacked here are many. Names and shapes are those of models/hf_names.py."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Protocol
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from omnistep.core.checkpoint.pieces import Box, LazyTensor, Pieces
 from omnistep.core.param import Layout, Param, is_param
 from omnistep.core.tree import Tree, leaves_with_names, map_with_name
-from omnistep.models.hf_names import Names, Part, Shape
+from omnistep.models.hf_names import Names, Part, Shape, fused
 from omnistep.parallel.layout import Place, extent, to_global, to_local
 from omnistep.parallel.mesh import Mesh
 
@@ -43,6 +43,42 @@ class InMemory:
 
     def read(self, name: str, slices: Sequence[slice]) -> Tensor:
         return self.tensors[name].detach()[tuple(slices)]
+
+
+@frozen(eq=False)
+class FusedExperts:
+    """A Source by the names of transformers' modules, where the experts of a layer are one tensor,
+    as one by the names of files."""
+
+    source: Source
+    whole: Callable[[str], Tensor]
+    """Keeps the last tensor that was read: for its next expert."""
+
+    @classmethod
+    def of(cls, source: Source) -> "FusedExperts":
+        def whole(name: str) -> Tensor:
+            return source.read(name, [slice(0, n) for n in source.shape(name)])
+
+        return cls(source, lru_cache(maxsize=1)(whole))
+
+    def shape(self, name: str) -> Shape:
+        there = fused(name)
+        shape = self.source.shape(there.name)
+        if there.expert is None:
+            return shape
+        return (shape[1] // (1 if there.half is None else 2), *shape[2:])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.source.dtype(fused(name).name)
+
+    def read(self, name: str, slices: Sequence[slice]) -> Tensor:
+        there = fused(name)
+        if there.expert is None:
+            return self.source.read(there.name, slices)
+        expert = self.whole(there.name)[there.expert]
+        if there.half is not None:
+            expert = expert.chunk(2)[there.half]
+        return expert[tuple(slices)]
 
 
 def import_weights(

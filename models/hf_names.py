@@ -3,6 +3,7 @@ models/<model_type>/modeling_*.py, and conversion_mapping.py for experts, which 
 layer in its modules, but in files one each."""
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping
 
 from attrs import frozen
@@ -119,6 +120,32 @@ def weight_names(family: str, cfg: Config) -> Names:
         OUTER | {ours: "model.layers.{layer}." + theirs for ours, theirs in layer.items()},
         {"layers": cfg.stacked_layers, "dense_layers": cfg.dense_layers},
     )
+
+
+_EXPERT = re.compile(
+    r"(?P<layer>.*)\.(mlp|block_sparse_moe)\.experts\.(?P<expert>\d+)\."
+    r"((?P<gate>gate_proj|w1)|(?P<up>up_proj|w3)|down_proj|w2)\.weight"
+)
+
+
+@frozen
+class Fused:
+    """Where transformers' modules, and what is saved of them, hold a tensor of a file."""
+
+    name: str
+    expert: int | None = None
+    """Of those that are one tensor there; None: it is a tensor there too."""
+    half: int | None = None
+    """Of an expert's rows; None: it is all of them."""
+
+
+def fused(theirs: str) -> Fused:
+    found = _EXPERT.fullmatch(theirs)
+    if found is None:
+        return Fused(theirs.replace(".block_sparse_moe.", ".mlp."))
+    half = 0 if found["gate"] else 1 if found["up"] else None
+    folder, kind = f"{found['layer']}.mlp.experts", "down_proj" if half is None else "gate_up_proj"
+    return Fused(f"{folder}.{kind}", int(found["expert"]), half)
 
 
 def hf_shape(param: Param, stacked: int) -> Shape:

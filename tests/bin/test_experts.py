@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from omnistep.bin import convert, sample, train
 from omnistep.core.checkpoint.safetensors import open_weights
 from tests.bin.runs import (
     CONFIG,
+    TOKENIZER,
     Files,
     call,
     content,
@@ -77,6 +79,21 @@ def test_there_and_back(mixture: Path, tmp_path: Path) -> None:
     checkpoint = converted(mixture / "hf", tmp_path / "checkpoints")
     arguments = (checkpoint, tmp_path / "back", f"--model.tokenizer_path={mixture / 'hf'}")
     assert content(converted(*arguments)) == content(mixture / "hf")
+
+
+def test_what_was_saved_of_transformers_modules(mixture: Path, tmp_path: Path) -> None:
+    """There the experts of a layer are one tensor."""
+    from transformers import AutoModelForCausalLM
+
+    state = AutoModelForCausalLM.from_pretrained(mixture / "hf").state_dict()
+    assert "model.layers.1.mlp.experts.gate_up_proj" in state
+    dcp.save({"model": state}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    arguments = (f"--model.config_path={mixture / 'hf'}", f"--model.tokenizer_path={TOKENIZER}")
+    target = converted(tmp_path / "dcp", tmp_path / "hf", *arguments)
+    ours, theirs = open_weights(target), open_weights(mixture / "hf")
+    assert ours.infos.keys() == theirs.infos.keys()
+    for name in theirs.infos:
+        assert torch.equal(ours.read(name), theirs.read(name)), name
 
 
 def test_a_routers_bias_stays_in_fp32(mixture: Path, tmp_path: Path) -> None:

@@ -249,6 +249,17 @@ def test_weights_are_relayed_and_streamed_as_they_are_imported(case):
         assert torch.equal(whole, leaves[name]), name
 
 
+@pytest.mark.parametrize("case", ONE_OF_EACH)
+def test_experts_may_be_fused_as_in_transformers_modules(case):
+    model, cfg = reference(case, torch.float32)
+    source = hf.FusedExperts.of(hf.InMemory(model.state_dict()))
+    tree, names = decoder.params(cfg), names_of(model, cfg)
+    weights = hf.import_weights(tree, names, source, torch.float32, CPU)
+    for name, value in exported(tree, names, weights).items():
+        assert source.shape(name) == value.shape
+        assert torch.equal(value, tensors_of(model)[name]), name
+
+
 def test_the_routers_bias_stays_exact():
     model, cfg = reference("deepseek_v3", torch.float32)
     weights = imported(model, cfg, torch.bfloat16)

@@ -35,9 +35,7 @@ def make_step(
     layout = param.make_layout(tree, mesh, s.strategy, s.compute, bucket=s.bucket)
     weights = param.initialize(tree, rng.key(0), s.weights, torch.device("cpu"), layout)
     optimizer = optim.adamw()
-    stages = decoder.make_stages(
-        s.cfg, layout, mode=s.mode, dispatch=s.dispatch, compile=compile
-    )
+    stages = decoder.make_stages(s.cfg, layout, mode=s.mode, dispatch=s.dispatch, compile=compile)
 
     def middle(*args: Any) -> Any:
         x = stages.middle(*args)
