@@ -39,8 +39,8 @@ class Param:
 
     `axes` are what layouts are written in ("layers", "embed", "heads", ...). `decay` says
     whether weight decay applies: to matrices and embeddings, not to norms and biases. What is
-    `exact` is kept in fp32 or better, whatever the dtype of the others. What is not `learned` has no
-    gradient, so none is summed over ranks: the loss itself may set it (core.grad.Stages.after).
+    `exact` is kept in fp32 or better, whatever the dtype of the others. What is not `learned` has
+    no gradient, so none is summed over ranks: the loss may set it (core.grad.Stages.after).
     """
 
     shape: tuple[int, ...]

@@ -24,7 +24,7 @@ from omnistep.core.step import init_state, make_train_step
 from omnistep.core.tree import Tree, leaves_with_names, tree_map
 from omnistep.models import decoder
 from omnistep.models.config import Config, Experts
-from omnistep.models.moe import Dispatch
+from omnistep.parallel.experts import Dispatch
 from omnistep.parallel.layout import Strategy, extent, to_local
 from omnistep.parallel.mesh import Mesh, destroy_groups, make_mesh
 from omnistep.parallel.remat import Remat
@@ -64,8 +64,8 @@ WANTED = {"skewed": (2, 3), "one expert": (5,)}
 
 @frozen
 class Case:
-    """`sizes` as text, "dp_shard 2, tp 2", or with experts shared by some of these ranks "dp_shard 2,
-    tp 2, ep 4"; what does not change the numbers, and what they are."""
+    """`sizes` as text, "dp_shard 2, tp 2", or with experts that some of these ranks share "dp_shard
+    2, tp 2, ep 4"; what does not change the numbers, and what they are."""
 
     sizes: str
     strategy: Strategy = "zero3"

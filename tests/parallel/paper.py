@@ -42,7 +42,7 @@ Activations, for each micro-batch, forward; the backward pass sends the transpos
 Latent attention makes small vectors of a rank's own tokens. tp gathers these, of queries, keys and
 the keys' rotated part in one message, not the hidden state; ulysses exchanges queries and the
 output as ever, but gathers the small vectors of keys and values, which each rank expands for its
-heads. The ring of cp passes keys and values as in other attention.
+heads. The ring of cp passes keys and values as in other attention, values as wide as keys (padded).
 
 Experts that the ranks of ep share, in each layer; t tokens of a rank, each to k of X experts.
 
@@ -81,7 +81,7 @@ from omnistep.core.param import Param
 from omnistep.core.tree import leaves_with_names
 from omnistep.models import decoder
 from omnistep.models.loss import chunk_tokens
-from omnistep.models.moe import Dispatch
+from omnistep.parallel.experts import Dispatch
 from omnistep.parallel.layout import Strategy
 from omnistep.parallel.mesh import AXES, EXPERT_AXES, INSIDE
 from omnistep.parallel.remat import Remat

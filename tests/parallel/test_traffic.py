@@ -3,25 +3,38 @@
 `python -m tests.parallel.test_traffic > docs/communication.md` writes the table.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import attrs
 import pytest
 import torch
 import torch.distributed as dist
 
-from omnistep.models import decoder
+from omnistep.models.config import Config, Experts, Latent
 from omnistep.parallel.collectives import all_reduce
+from omnistep.parallel.experts import Dispatch, choose
 from omnistep.parallel.traffic import Message, Traffic, counted, totals
-from tests.parallel.counting import traffic_of
+from tests.parallel.counting import pretended, traffic_of
 from tests.parallel.hollow import hollow_kernels
-from tests.parallel.paper import Setting, minimum
+from tests.parallel.paper import Setting, activations, minimum
 
-LLAMA = decoder.Config(vocab=64, embed=32, layers=4, heads=8, kv_heads=4, head_dim=4, mlp=64)
+LLAMA = Config(vocab=64, embed=32, layers=4, heads=8, kv_heads=4, head_dim=4, mlp=64)
 QWEN = attrs.evolve(LLAMA, tied=True, qk_norm=True)
+MOE = attrs.evolve(LLAMA, tied=True, experts=Experts(count=8, top_k=2, mlp=16, aux=0.1))
+DEEPSEEK = attrs.evolve(
+    LLAMA,
+    kv_heads=8,
+    head_dim=12,
+    latent=Latent(kv=16, nope=8, rope=4, value=6, q=24),
+    experts=Experts(count=8, top_k=2, mlp=16, bias=True, shared=16, dense=(0, 1)),
+)
 BF16 = torch.bfloat16
+GATHER: Mapping[str, Any] = {"dispatch": "gather"}
+EXCHANGE: Mapping[str, Any] = {"dispatch": "all_to_all"}
 
-SETTINGS = {
+DENSE = {
     "ddp": Setting(QWEN, {"dp_replicate": 2}, "ddp", accumulate=2),
     "ZeRO-1": Setting(QWEN, {"dp_shard": 2}, "zero1", accumulate=2),
     "ZeRO-2": Setting(QWEN, {"dp_shard": 2}, "zero2", accumulate=2),
@@ -44,6 +57,34 @@ SETTINGS = {
 }
 
 
+MIXTURES = {
+    "experts, ZeRO-3": Setting(MOE, {"dp_shard": 2}, accumulate=2),
+    "ep, gather": Setting(MOE, {"dp_shard": 2, "ep": 2}, "ddp", **GATHER),
+    "ep, all_to_all": Setting(MOE, {"dp_shard": 4, "ep": 4}, "ddp", **EXCHANGE),
+    "ep x ep_shard, gather, ZeRO-3, selective, bf16": Setting(
+        MOE, {"dp_shard": 4, "ep": 2}, mode="selective", bucket=True, compute=BF16, **GATHER
+    ),
+    "ep x ep_shard, all_to_all, ZeRO-3, full": Setting(
+        MOE, {"dp_shard": 4, "ep": 2}, mode="full", accumulate=2, **EXCHANGE
+    ),
+    "ep x tp, gather": Setting(DEEPSEEK, {"tp": 2, "ep": 2}, "ddp", compute=BF16, **GATHER),
+    "ep x tp, all_to_all, ZeRO-3, full": Setting(
+        DEEPSEEK, {"dp_shard": 2, "tp": 2, "ep": 4}, mode="full", **EXCHANGE
+    ),
+    "ep x ulysses, gather, ZeRO-3, full": Setting(
+        DEEPSEEK, {"ulysses": 4, "ep": 2}, mode="full", compute=BF16, **GATHER
+    ),
+    "ep x ulysses x tp, all_to_all, HSDP": Setting(
+        DEEPSEEK, {"dp_replicate": 2, "ulysses": 2, "tp": 2, "ep": 2}, mode="selective", **EXCHANGE
+    ),
+    "ep x cp, gather": Setting(DEEPSEEK, {"cp": 2, "ep": 2}, "zero2", **GATHER),
+    "ep x pp, all_to_all": Setting(
+        MOE, {"pp": 2, "dp_shard": 2, "ep": 2}, accumulate=2, **EXCHANGE
+    ),
+}
+SETTINGS = DENSE | MIXTURES
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _hollow() -> Iterator[None]:
     with hollow_kernels():
@@ -51,7 +92,10 @@ def _hollow() -> Iterator[None]:
 
 
 def traffic(setting: Setting) -> Traffic:
-    """Compiled; with cp eager, as attention's real kernel would read what empty ones left."""
+    """Compiled; with cp eager, as attention's real kernel would read what empty ones left. Where
+    experts would, too, on tensors without memory."""
+    if setting.cfg.experts:
+        return pretended(setting)[1]
     return traffic_of(setting, compile=setting.size("cp") == 1)
 
 
@@ -61,6 +105,26 @@ def test_what_is_sent_is_the_minimum(name):
     ran, paper = traffic(setting), minimum(setting)
     assert not ran - paper, "sent, and not needed"
     assert not paper - ran, "needed, and not sent"
+
+
+def test_the_last_stage_of_a_pipeline_sends_the_minimum():
+    setting = MIXTURES["ep x pp, all_to_all"]
+    assert pretended(setting, rank=2)[1] == minimum(setting, stage=1)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8, 16, 64])
+@pytest.mark.parametrize(("top_k", "experts"), [(1, 64), (2, 64), (8, 64), (8, 256)])
+def test_what_is_chosen_sends_fewer_bytes(ranks, top_k, experts):
+    cfg = attrs.evolve(MOE, embed=512, experts=Experts(count=experts, top_k=top_k, mlp=16))
+
+    def sent(dispatch: Dispatch) -> float:
+        s = Setting(cfg, {"dp_shard": ranks, "ep": ranks}, "ddp", seq=512, dispatch=dispatch)
+        ran: Traffic = Counter()
+        activations(s, ran)
+        return sum(message.bytes * count for message, count in ran.items())
+
+    chosen = choose(2 * 512, top_k, experts, ranks)
+    assert sent(chosen) == min(sent("gather"), sent("all_to_all"))
 
 
 def test_axes_of_a_message_do_not_depend_on_the_order_of_sizes():
@@ -82,10 +146,16 @@ HEAD = """# What is sent in a step
 
 Written by `python -m tests.parallel.test_traffic > docs/communication.md`; `pytest tests/parallel`
 holds every message to the minimum worked out in `tests/parallel/paper.py`: kind, ranks, size and
-dtype. Counted at the process group in a compiled step (with cp: an eager one) of a
-decoder of 4 layers, width 32, 8 heads
-and 4 key/value heads of 4, vocabulary 64, with micro-batches of 2 x 16 tokens. Bytes are those that
-leave rank 0 when large messages go round a ring.
+dtype. Counted at the process group in a compiled step (with cp: an eager one) of a decoder of 4
+layers, width 32, 8 heads and 4 key/value heads of 4, vocabulary 64, with micro-batches of 2 x 16
+tokens. Bytes are those that leave rank 0 when large messages go round a ring.
+
+From "experts" on there are 8 experts of width 16, of which a token uses 2, and what is counted are
+the operators of the compiled step, on tensors without memory. The models are Mixtral's kind, with a
+load-balancing loss; with tp, ulysses or cp DeepSeek's, with latent attention, a shared expert and
+two dense layers. `ep` are the ranks that share the experts, `ep_shard` those of dp_shard, cp,
+ulysses and tp besides. No further rounds are counted: they come where a rank's experts are wanted
+by more than 1.25 times their share of tokens.
 
 | what | mesh | over | messages a step | bytes a step | paper |
 | --- | --- | --- | --- | --- | --- |
