@@ -90,7 +90,7 @@ def place(
     rest = [a for a in (EXPERT_AXES if "ep" in compute else AXES) if a not in compute]
     rest = [a for a in rest if mesh.size(a) > 1]
     shared = [a for a in rest if a != "dp_replicate"] if strategy != "ddp" else []
-    gather = mesh.group(*shared) if shared else Group()
+    gather = mesh.group(*shared).for_weights() if shared else Group()
     dim = _rest_dimension(name, shape, axes, compute, gather)
     if dim is None:
         gather = Group()

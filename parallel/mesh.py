@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from torch.distributed.device_mesh import DeviceMesh
 
 _c10d = torch._C._distributed_c10d
@@ -42,6 +42,11 @@ class Group:
     """This rank's place among them: row-major in the order of AXES (or EXPERT_AXES)."""
     name: str = ""
     """What the collectives know it by: the same on every rank, so that all compile one graph."""
+
+    def for_weights(self) -> "Group":
+        """The same ranks by another name: what tells weights that are gathered from activations
+        that are, over the same ranks (parallel/remat.py gathers the former again)."""
+        return evolve(self, name=f"{self.name}, weights") if self.name else self
 
 
 ALONE = Group()
@@ -203,7 +208,8 @@ def _make_group(
         if len(members) < ranks.numel():
             # only the members take part: no barrier over the whole job for each of many groups
             made = dist.new_group(members, use_local_synchronization=True)
-        _c10d._register_process_group(group.name, made)
+        for known in (group, group.for_weights()):
+            _c10d._register_process_group(known.name, made)
     return group
 
 

@@ -85,8 +85,8 @@ def counted(sizes: dict[str, int], rank: int = 0) -> Iterator[tuple[Mesh, list[M
     (clear it to start again). What should arrive from others is whatever lies in memory.
 
     Sizes of 1 throughout give a job of one rank, with a process group nevertheless: what is sent
-    over no axis would be seen. Messages between ranks that share experts (ep above 1) go by the axes
-    of AXES in which these differ. Raises RuntimeError in a process that is part of a job.
+    over no axis would be seen. Messages between ranks that share experts (ep above 1) go by the
+    axes of AXES in which these differ. Raises RuntimeError in a process that is part of a job.
     """
     if dist.is_initialized():
         raise RuntimeError("messages can only be counted in a process that is not part of a job")

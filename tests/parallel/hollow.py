@@ -127,7 +127,11 @@ class Ledger(FakeTensorMode):
         super().__init__()
         self.memory = Memory()
         self.traffic: Traffic = Counter()
-        self._groups = {group.name: group for group in mesh.groups.values()}
+        self._groups = {
+            known.name: known
+            for group in mesh.groups.values()
+            for known in (group, group.for_weights())
+        }
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "namespace", "") == "_c10d_functional":

@@ -23,7 +23,7 @@ from omnistep.core.batch import Batch
 from omnistep.core.step import init_state, make_train_step
 from omnistep.core.tree import Tree, leaves_with_names, tree_map
 from omnistep.models import decoder
-from omnistep.models.config import Config, Experts
+from omnistep.models.config import Config, Experts, Latent
 from omnistep.parallel.experts import Dispatch
 from omnistep.parallel.layout import Strategy, extent, to_local
 from omnistep.parallel.mesh import Mesh, destroy_groups, make_mesh
@@ -33,6 +33,7 @@ ROWS, SEQ, STEPS = 24, 32, 3
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 LLAMA = Config(vocab=64, embed=32, layers=4, heads=8, kv_heads=4, head_dim=4, mlp=64, init_std=0.2)
 EXPERTS = Experts(count=8, top_k=2, mlp=16, normalize=True, aux=0.1)
+LATENT = Latent(kv=16, nope=8, rope=4, value=6, q=24)
 DEEPSEEK = Experts(
     count=8,
     top_k=2,
@@ -54,7 +55,9 @@ MODELS = {
     "qwen3": evolve(LLAMA, tied=True, qk_norm=True),
     "bias": evolve(LLAMA, qkv_bias=True, out_bias=True, mlp_bias=True, windows=(None, 5, None, 5)),
     "moe": evolve(LLAMA, tied=True, experts=EXPERTS),
-    "deepseek": evolve(LLAMA, layers=5, experts=DEEPSEEK),
+    "deepseek": evolve(
+        LLAMA, layers=5, kv_heads=8, head_dim=12, latent=LATENT, experts=DEEPSEEK
+    ),
     "skewed": evolve(LLAMA, experts=evolve(EXPERTS, bias=True)),
     "one expert": evolve(LLAMA, experts=evolve(EXPERTS, top_k=1, normalize=False, bias=True)),
 }

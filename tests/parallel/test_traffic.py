@@ -67,7 +67,8 @@ MIXTURES = {
     "ep x ep_shard, all_to_all, ZeRO-3, full": Setting(
         MOE, {"dp_shard": 4, "ep": 2}, mode="full", accumulate=2, **EXCHANGE
     ),
-    "ep x tp, gather": Setting(DEEPSEEK, {"tp": 2, "ep": 2}, "ddp", compute=BF16, **GATHER),
+    # some weights are gathered over the same ranks as activations
+    "ep x tp, gather, ZeRO-3": Setting(DEEPSEEK, {"tp": 2, "ep": 2}, compute=BF16, **GATHER),
     "ep x tp, all_to_all, ZeRO-3, full": Setting(
         DEEPSEEK, {"dp_shard": 2, "tp": 2, "ep": 4}, mode="full", **EXCHANGE
     ),
