@@ -14,6 +14,7 @@ from omnistep.models.attention import ring_attention
 from omnistep.models.config import Config
 from omnistep.models.latent import project_latent
 from omnistep.models.layers import rms_norm, rotary
+from omnistep.models.linear import linear
 from omnistep.models.moe import Dispatch, route, work_on_experts
 from omnistep.parallel.collectives import all_gather, all_to_all, reduce_scatter
 from omnistep.parallel.mesh import ALONE, Group, Mesh, MeshError
@@ -31,7 +32,7 @@ def project_qkv(
 
     def project(name: str) -> Tensor:
         bias = w.get(f"{name}_bias")
-        y = F.linear(x, w[name].flatten(0, 1), None if bias is None else bias.flatten())
+        y = linear(x, w[name].flatten(0, 1), None if bias is None else bias.flatten())
         return y.unflatten(-1, w[name].shape[:2])
 
     q, k, v = project("q"), project("k"), project("v")
@@ -44,7 +45,7 @@ def attention_output(
     a: Float[Tensor, "rows seq heads head_dim"], w: Mapping[str, Tensor], tp: Group = ALONE
 ) -> Float[Tensor, "rows seq/tp embed"]:
     """The sum over the heads of all ranks of tp, scattered over the sequence."""
-    y = reduce_scatter(F.linear(a.flatten(-2), w["o"].flatten(-2)), tp, 1)
+    y = reduce_scatter(linear(a.flatten(-2), w["o"].flatten(-2)), tp, 1)
     return y + w["o_bias"] if "o_bias" in w else y
 
 
@@ -53,9 +54,9 @@ def mlp(
 ) -> Float[Tensor, "rows seq embed"]:
     """SwiGLU (arXiv 2002.05202); the ranks of tp share its width."""
     x = all_gather(x, tp, 1)
-    h = F.silu(F.linear(x, w["gate"], w.get("gate_bias")))
-    h = h * F.linear(x, w["up"], w.get("up_bias"))
-    y = reduce_scatter(F.linear(h, w["down"]), tp, 1)
+    h = F.silu(linear(x, w["gate"], w.get("gate_bias")))
+    h = h * linear(x, w["up"], w.get("up_bias"))
+    y = reduce_scatter(linear(h, w["down"]), tp, 1)
     return y + w["down_bias"] if "down_bias" in w else y
 
 
@@ -220,7 +221,7 @@ def mixture(
         shared = {name: w[f"shared_{name}"] for name in ("gate", "up", "down")}
         also = mlp(h, shared, ranks.tp)
         if cfg.experts.shared_gated:
-            also = also * F.linear(h, w["shared_router"]).sigmoid()
+            also = also * linear(h, w["shared_router"]).sigmoid()
         y = y + also
     rows, seq = real.shape
     experts = torch.arange(cfg.experts.count, device=h.device)

@@ -20,7 +20,7 @@ from omnistep.core.compile import compile_graph
 from omnistep.core.grad import LossOutput, Stages
 from omnistep.core.param import Layout, one_rank
 from omnistep.core.tree import Tree
-from omnistep.models import attention, moe
+from omnistep.models import attention, linear, moe
 from omnistep.models.attention_cpu import start_compiling
 from omnistep.models.balance import make_balance
 from omnistep.models.block import check_mesh, dense_block, expert_block, ranks_of
@@ -35,7 +35,7 @@ from omnistep.parallel.remat import Remat, remat
 from omnistep.parallel.sequence import share
 from omnistep.parallel.unshard import unshard
 
-SAVED_OPS = attention.SAVED_OPS | moe.SAVED_OPS
+SAVED_OPS = attention.SAVED_OPS | linear.SAVED_OPS | moe.SAVED_OPS
 
 
 def make_layer(

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from omnistep.models.linear import goes_wide, wide_product
+
 
 def grouped_linear(
     x: Float[Tensor, "rows in"],
@@ -87,21 +89,42 @@ def _one_kernel(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and not any(n % 8 for n in (x.shape[1], *weight.shape[-2:]))
 
 
+def _cut(rows: slice, *, cut: bool) -> tuple[slice, slice]:
+    """The rows for `wide_product`, in one of a short list of numbers since each shape is made a
+    kernel for and experts have other numbers of rows at every step; and the few left over."""
+    count = (rows.stop - rows.start) * cut
+    step = 1 if count < 128 else 1 << count.bit_length() - 5  # 16 to 32 numbers up to the double
+    middle = rows.start + count // step * step
+    return slice(rows.start, middle), slice(middle, rows.stop)
+
+
 def linear_loop(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """`grouped_linear`; the gradient of x is the same operator with the weights transposed."""
-    out = x.new_empty(x.shape[0], weight.shape[1])
+    x = x.contiguous()
+    out, cut = x.new_empty(x.shape[0], weight.shape[1]), goes_wide(x)
     slices = _slices(ends, x.shape[0])
     for rows, one in zip(slices, weight.unbind(), strict=True):
-        torch.mm(x[rows], one.T, out=out[rows])
+        most, rest = _cut(rows, cut=cut)
+        if most.stop > most.start:
+            out[most] = wide_product(x[most], one)
+        if rest.stop > rest.start:
+            torch.mm(x[rest], one.T, out=out[rest])
     out[slices[-1].stop :].zero_()
     return out
 
 
 def outer_loop(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """The gradient of the weights, y.T @ x over the rows of each expert: [experts, out, in]."""
-    out = x.new_empty(ends.shape[0], y.shape[1], x.shape[1])
+    x, y = x.contiguous(), y.contiguous()
+    out, cut = x.new_empty(ends.shape[0], y.shape[1], x.shape[1]), goes_wide(x)
     for rows, one in zip(_slices(ends, x.shape[0]), out.unbind(), strict=True):
-        torch.mm(y[rows].T, x[rows], out=one)  # zeros where there are no rows
+        most, rest = _cut(rows, cut=cut)
+        if most.stop == most.start:
+            torch.mm(y[rest].T, x[rest], out=one)  # zeros where there are no rows
+            continue
+        one.copy_(wide_product(y[most].T, x[most].T))
+        if rest.stop > rest.start:
+            one.addmm_(y[rest].T, x[rest])
     return out
 
 

@@ -4,12 +4,12 @@ values. Pure functions on local tensors; what is sent between ranks is written o
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from omnistep.models.config import Config
 from omnistep.models.layers import rms_norm, rotary
+from omnistep.models.linear import linear
 from omnistep.parallel.collectives import all_gather, all_to_all
 from omnistep.parallel.mesh import Group
 
@@ -43,23 +43,23 @@ def project_latent(
     assert latent is not None
     query, expand = x, "q"
     if latent.q is not None:
-        query, expand = F.linear(x, w["q_a"], w.get("q_a_bias")), "q_b"
+        query, expand = linear(x, w["q_a"], w.get("q_a_bias")), "q_b"
         query = rms_norm(query, w["q_a_norm"], NORM_EPS)
-    small, turned = F.linear(x, w["kv_a"], w.get("kv_a_bias")).split((latent.kv, latent.rope), -1)
+    small, turned = linear(x, w["kv_a"], w.get("kv_a_bias")).split((latent.kv, latent.rope), -1)
     small = rms_norm(small, w["kv_a_norm"], NORM_EPS)
     if tp.size > 1:
         parts = (query, small, turned)
         arrived = all_gather(torch.cat(parts, -1), tp, 1)  # one message
         query, small, turned = arrived.split([part.shape[-1] for part in parts], -1)
 
-    q = F.linear(query, w[expand].flatten(0, 1)).unflatten(-1, w[expand].shape[:2])
+    q = linear(query, w[expand].flatten(0, 1)).unflatten(-1, w[expand].shape[:2])
     q = all_to_all(_rotate(q, cos, sin, cfg), ulysses, 2, 1)
     turned = _rotate(turned.unsqueeze(2), cos, sin, cfg).squeeze(2)
     if ulysses.size > 1:
         arrived = all_gather(torch.cat((small, turned), -1), ulysses, 1)
         small, turned = arrived.split((latent.kv, latent.rope), -1)
     expand_kv = w["kv_b"].unflatten(0, (ulysses.size, -1))[ulysses.index]
-    kv = F.linear(small, expand_kv.flatten(0, 1)).unflatten(-1, expand_kv.shape[:2])
+    kv = linear(small, expand_kv.flatten(0, 1)).unflatten(-1, expand_kv.shape[:2])
     k, v = kv.split((latent.nope, latent.value), -1)
     turned = turned.unsqueeze(2).expand(-1, -1, k.shape[2], -1)
     return q, torch.cat((k, turned), -1), v

@@ -4,12 +4,12 @@ vocabulary shared by the ranks of tensor parallelism."""
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from omnistep.core.compile import compile_graph
 from omnistep.models.layers import at_least_fp32
+from omnistep.models.linear import linear
 from omnistep.parallel.collectives import all_reduce
 from omnistep.parallel.mesh import Group
 
@@ -55,12 +55,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grads_hidden, grad_weight = [], None
         size = chunk_tokens(hidden.shape[0], weight.shape[0])
         for h, y, m in zip(*(t.split(size) for t in (hidden, targets, weights)), strict=True):
-            loss, p = softmax(F.linear(h, w), y, m, tp)
+            loss, p = softmax(linear(h, w), y, m, tp)
             total = total + loss
             if not need:
                 continue
-            grads_hidden.append(p @ w)
-            part = at_least_fp32(p.t() @ h)
+            grads_hidden.append(linear(p, w.t()))
+            part = at_least_fp32(linear(p.t(), h.t()))
             grad_weight = part if grad_weight is None else grad_weight.add_(part)
         if need:
             ctx.save_for_backward(torch.cat(grads_hidden), grad_weight)

@@ -69,6 +69,25 @@ def test_a_loop_over_experts(function, counts, dtype):
     check(function, counts, dtype)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("counts", [[301, 129, 0, 127], [0, 640, 1, 3]])
+def test_many_rows(counts, dtype):
+    """Of which most are multiplied together and the rest apart."""
+    torch.manual_seed(0)
+    x, y = torch.randn(650, EMBED, dtype=dtype), torch.randn(650, MLP, dtype=dtype)
+    weight, ends = torch.randn(4, MLP, EMBED, dtype=dtype), torch.tensor(counts).cumsum(0).int()
+    rows = [slice(int(end) - count, int(end)) for end, count in zip(ends, counts, strict=True)]
+    got = [grouped.linear_loop(x, weight, ends), grouped.outer_loop(y, x, ends)]
+    x, y, weight = x.double(), y.double(), weight.double()
+    forward = [x[r] @ w.T for r, w in zip(rows, weight, strict=True)]
+    expected = [
+        torch.cat([*forward, x.new_zeros(650 - sum(counts), MLP)]),
+        torch.stack([y[r].T @ x[r] for r in rows]),
+    ]
+    for a, b in zip(got, expected, strict=True):
+        assert float((a - b).norm()) <= TOLERANCE[dtype] * float(b.norm())
+
+
 def test_one_graph_serves_every_routing():
     check(compiled, COUNTS["balanced"], torch.float64)
     with torch.compiler.set_stance("fail_on_recompile"):
