@@ -55,9 +55,7 @@ MODELS = {
     "qwen3": evolve(LLAMA, tied=True, qk_norm=True),
     "bias": evolve(LLAMA, qkv_bias=True, out_bias=True, mlp_bias=True, windows=(None, 5, None, 5)),
     "moe": evolve(LLAMA, tied=True, experts=EXPERTS),
-    "deepseek": evolve(
-        LLAMA, layers=5, kv_heads=8, head_dim=12, latent=LATENT, experts=DEEPSEEK
-    ),
+    "deepseek": evolve(LLAMA, layers=5, kv_heads=8, head_dim=12, latent=LATENT, experts=DEEPSEEK),
     "skewed": evolve(LLAMA, experts=evolve(EXPERTS, bias=True)),
     "one expert": evolve(LLAMA, experts=evolve(EXPERTS, top_k=1, normalize=False, bias=True)),
 }
