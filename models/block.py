@@ -213,9 +213,12 @@ def mixture(
     not cut the experts, and gathers only what the shared ones read."""
     assert cfg.experts is not None
     tokens = h.flatten(0, 1)
-    routing = route(tokens, w["router"], bias, cfg.experts)
-    expert_weights = (w["expert_gate"], w["expert_up"], w["expert_down"])
-    y, served = work_on_experts(tokens, routing, *expert_weights, cfg.experts, ranks.ep, dispatch)
+    routing = route(tokens, w["router"], bias, cfg.experts, w.get("logit_bias"))
+    names = ("gate", "up", "down")
+    if cfg.experts.limit is not None:
+        names = ("gate_up", "gate_up_bias", "down", "down_bias")
+    experts = tuple(w[f"expert_{name}"] for name in names)
+    y, served = work_on_experts(tokens, routing, experts, cfg.experts, ranks.ep, dispatch)
     y = y.view(h.shape)
     if cfg.experts.shared:
         shared = {name: w[f"shared_{name}"] for name in ("gate", "up", "down")}
@@ -224,8 +227,7 @@ def mixture(
             also = also * linear(h, w["shared_router"]).sigmoid()
         y = y + also
     rows, seq = real.shape
-    experts = torch.arange(cfg.experts.count, device=h.device)
-    hits = routing.ids.view(rows, -1, 1) == experts
+    hits = routing.ids.view(rows, -1, 1) == torch.arange(cfg.experts.count, device=h.device)
     hits = hits & real.repeat_interleave(cfg.experts.top_k, 1).unsqueeze(-1)
     scores = routing.scores.view(rows, seq, -1) * real.unsqueeze(-1)
     return y, Load(hits.sum(1, dtype=torch.int32), scores.sum(1), served)

@@ -54,6 +54,8 @@ class Experts:
     bias_rate: float = 1e-3
     aux: float = 0.0
     """Coefficient of the load-balancing loss (Switch Transformer, arXiv 2101.03961)."""
+    limit: float | None = None
+    """gpt-oss's experts, clamped at this, with biases, which its router has too."""
     shared: int = 0
     """Width of the expert that every token uses besides; 0: there is none."""
     shared_gated: bool = False

@@ -59,6 +59,38 @@ def swiglu_experts(
     return grouped_linear(h.to(x.dtype), down, ends)
 
 
+def clamped_experts(
+    x: Float[Tensor, "rows embed"],
+    row_weight: Float[Tensor, "rows"],
+    gate_up: Float[Tensor, "experts embed 2*mlp"],
+    gate_up_bias: Float[Tensor, "experts 2*mlp"],
+    down: Float[Tensor, "experts mlp embed"],
+    down_bias: Float[Tensor, "experts embed"],
+    ends: Int[Tensor, "experts"],
+    limit: float,
+) -> Float[Tensor, "rows embed"]:
+    """gpt-oss's experts (transformers, models/gpt_oss/modeling_gpt_oss.py), as `swiglu_experts`.
+
+    Gate and up are every other column of one product; the gate is at most `limit`, up within plus
+    and minus it; the hidden vector is gate sigmoid(1.702 gate) (up + 1).
+    """
+    both = grouped_linear(x, gate_up.mT, ends) + _of_rows(gate_up_bias, ends, x)
+    g, u = both[:, ::2].clamp(max=limit), both[:, 1::2].clamp(-limit, limit)
+    row_weight = row_weight.unsqueeze(-1)
+    h = g * torch.sigmoid(1.702 * g) * (u + 1) * row_weight
+    y = grouped_linear(h.to(x.dtype), down.mT, ends)
+    return y + (_of_rows(down_bias, ends, x) * row_weight).to(x.dtype)
+
+
+def _of_rows(
+    bias: Float[Tensor, "experts out"], ends: Int[Tensor, "experts"], x: Float[Tensor, "rows in"]
+) -> Float[Tensor, "rows out"]:
+    """Each row's expert's bias, as a product: so its gradient is a sum over the expert's rows. Of
+    8 columns, the fewest that a GPU's kernel takes."""
+    ones = x.new_ones(x.shape[0], 8)
+    return grouped_linear(ones, F.pad(bias.unsqueeze(-1), (0, 7)), ends)
+
+
 def _check(x: Tensor, weight: Tensor, ends: Tensor) -> None:
     if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[2]:
         raise ValueError(

@@ -68,6 +68,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 3, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
         "n_group": 8, "topk_group": 4,
     },
+    "gpt_oss": {
+        "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880,
+        "num_hidden_layers": 36, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "head_dim": 64, "rms_norm_eps": 1e-5, "rope_theta": 150000.0, "sliding_window": 128,
+        "attention_bias": True, "num_experts": 128, "num_experts_per_tok": 4,
+        "swiglu_limit": 7.0, "router_aux_loss_coef": 0.001, "norm_topk_prob": True,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+            "truncate": False, "original_max_position_embeddings": 4096,
+        },
+    },
 }  # fmt: skip
 """What a family takes a key for that its config.json leaves out."""
 
@@ -82,6 +93,7 @@ ARCHITECTURES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
 }
 
 BUILT: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -98,6 +110,7 @@ BUILT: dict[str, dict[str, tuple[Any, ...]]] = {
         "scoring_func": ("sigmoid",),
         "moe_layer_freq": (1,),
     },
+    "gpt_oss": {"swiglu_alpha": (1.702,)},
 }
 """The only values that are built of a family's keys; one that is left out has the first."""
 
@@ -110,6 +123,7 @@ BIASES = {
     "qwen3_moe": ("attention_bias", "attention_bias"),
     "deepseek_v2": ("attention_bias", "attention_bias"),
     "deepseek_v3": ("attention_bias", "attention_bias"),
+    "gpt_oss": ("attention_bias", "attention_bias"),
 }
 """The keys that give a family biases in attention: before it, and after it."""
 
@@ -181,6 +195,7 @@ def _config(family: str, c: Json) -> Config:
         out_bias=bool(c.get(after, False)),
         mlp_bias=family in ("llama", "seed_oss") and bool(c.get("mlp_bias", False)),
         qk_norm=family in ("qwen3", "qwen3_moe"),
+        sinks=family == "gpt_oss",
         windows=_windows(family, c, layers),
         init_std=c.get("initializer_range", 0.02),
         latent=latent,
@@ -204,7 +219,7 @@ def _rope(c: Json) -> tuple[float, dict[str, Any]]:
 
 def _windows(family: str, c: Json, layers: int) -> tuple[int | None, ...]:
     every, window = ("mistral", "mixtral", "qwen3_moe"), c.get("sliding_window")
-    if family not in (*every, "qwen2", "qwen3", "qwen2_moe") or window is None:
+    if family not in (*every, "qwen2", "qwen3", "qwen2_moe", "gpt_oss") or window is None:
         return ()
     if family.startswith("qwen") and not c.get("use_sliding_window", False):
         return ()
@@ -213,6 +228,8 @@ def _windows(family: str, c: Json, layers: int) -> tuple[int | None, ...]:
     first = c.get("max_window_layers", 28)
 
     def slides(i: int) -> bool:
+        if family == "gpt_oss":
+            return i % 2 == 0
         return i < first and i % 2 == 0 if family == "qwen2_moe" else i >= first
 
     kinds = c.get("layer_types") or [
@@ -257,7 +274,8 @@ def _experts(family: str, c: Json) -> Experts | None:
         dense = ()
     if "num_experts" not in DEFAULTS[family] or c["num_experts"] == 0 or len(dense) == layers:
         return None
-    width = c["intermediate_size" if family == "mixtral" else "moe_intermediate_size"]
+    one_width = family in ("mixtral", "gpt_oss")
+    width = c["intermediate_size" if one_width else "moe_intermediate_size"]
     grouped = family == "deepseek_v3" or c.get("topk_method") == "group_limited_greedy"
     shared = width * c["n_shared_experts"] if deepseek else c.get("shared_expert_intermediate_size")
     return Experts(
@@ -272,6 +290,7 @@ def _experts(family: str, c: Json) -> Experts | None:
         top_groups=(c.get("topk_group") or 1) if grouped else 1,
         group_score="top2" if family == "deepseek_v3" else "max",
         bias=family == "deepseek_v3",
+        limit=c["swiglu_limit"] if family == "gpt_oss" else None,
         aux=float(c["router_aux_loss_coef"]) if _has_aux(family, c) else 0.0,
         shared=(shared or 0) if deepseek or family == "qwen2_moe" else 0,
         shared_gated=family == "qwen2_moe",

@@ -51,6 +51,7 @@ LAYER = {
     "expert_gate": "mlp.experts.{expert}.gate_proj.weight",
     "expert_up": "mlp.experts.{expert}.up_proj.weight",
     "expert_down": "mlp.experts.{expert}.down_proj.weight",
+    "sinks": "self_attn.sinks",
     "shared_gate": "mlp.shared_experts.gate_proj.weight",
     "shared_up": "mlp.shared_experts.up_proj.weight",
     "shared_down": "mlp.shared_experts.down_proj.weight",
@@ -61,6 +62,14 @@ FAMILY = {
         "shared_up": "mlp.shared_expert.up_proj.weight",
         "shared_down": "mlp.shared_expert.down_proj.weight",
         "shared_router": "mlp.shared_expert_gate.weight",
+    },
+    "gpt_oss": {
+        "router": "mlp.router.weight",
+        "logit_bias": "mlp.router.bias",
+        "expert_gate_up": "mlp.experts.gate_up_proj",
+        "expert_gate_up_bias": "mlp.experts.gate_up_proj_bias",
+        "expert_down": "mlp.experts.down_proj",
+        "expert_down_bias": "mlp.experts.down_proj_bias",
     },
     "mixtral": {
         "router": "block_sparse_moe.gate.weight",

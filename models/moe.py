@@ -17,7 +17,7 @@ from torch import Tensor
 
 from omnistep.models import grouped
 from omnistep.models.config import Experts
-from omnistep.models.grouped import swiglu_experts
+from omnistep.models.grouped import clamped_experts, swiglu_experts
 from omnistep.models.layers import at_least_fp32
 from omnistep.parallel.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
 from omnistep.parallel.experts import (
@@ -51,16 +51,18 @@ def route(
     router: Float[Tensor, "experts embed"],
     bias: Float[Tensor, " experts"] | None,
     cfg: Experts,
+    logit_bias: Float[Tensor, " experts"] | None = None,
 ) -> Routing:
     """Each token's `cfg.top_k` experts by the scores of its router, as transformers' Mixtral,
-    Qwen2-MoE, Qwen3-MoE, DeepSeek-V2 and DeepSeek-V3 have it.
+    Qwen2-MoE, Qwen3-MoE, DeepSeek-V2, DeepSeek-V3 and gpt-oss have it.
 
     bias: added to the scores for the choice, not for the weights. Gradients go through the weights
     and scores; the choice has none.
+    logit_bias: learned, and part of the logits (gpt-oss).
     """
     if cfg.exact_logits:
         x, router = at_least_fp32(x), at_least_fp32(router)
-    logits = at_least_fp32(F.linear(x, router))
+    logits = at_least_fp32(F.linear(x, router, logit_bias))
     scores = logits.softmax(-1) if cfg.scoring == "softmax" else logits.sigmoid()
     ids = _choice(scores.detach() if bias is None else scores.detach() + bias.detach(), cfg)
     weights = _at(scores, ids)
@@ -94,16 +96,15 @@ def _every(count: int, ids: Tensor) -> Tensor:
     return torch.arange(count, dtype=ids.dtype, device=ids.device)
 
 
-Weights = tuple[Tensor, Tensor, Tensor]
-"""gate [Xl, M, D], up [Xl, M, D], down [Xl, D, M] of this rank's experts"""
+Weights = tuple[Tensor, ...]
+"""Of this rank's experts, what swiglu_experts takes: gate, up [Xl, M, D], down [Xl, D, M]; where
+Experts.limit is given, what clamped_experts takes."""
 
 
 def work_on_experts(
     x: Float[Tensor, "tokens embed"],
     routing: Routing,
-    gate: Float[Tensor, "here expert_mlp embed"],
-    up: Float[Tensor, "here expert_mlp embed"],
-    down: Float[Tensor, "here embed expert_mlp"],
+    experts: Weights,
     cfg: Experts,
     ep: Group,
     dispatch: Dispatch | None = None,
@@ -113,44 +114,51 @@ def work_on_experts(
 
     Args:
         x: this rank's tokens, as many on every rank of ep.
-        gate, up, down: this rank's equal share of the experts.
+        experts: this rank's equal share of them.
         dispatch: how tokens meet experts of other ranks; None: what `choose` says. No meaning
             where ep is one rank.
     """
-    experts = (gate, up, down)
     sizes = (x.shape[0], cfg.top_k, cfg.count, ep.size)
     here = cfg.count // ep.size
     if ep.size == 1:
         pairs = sort_pairs(routing.ids.flatten().int(), here)
         rows = len(pairs.order)
-        return _round(x, routing.weights.flatten(), pairs, experts, rows, ALONE, 0)
+        return _round(x, routing.weights.flatten(), pairs, experts, rows, ALONE, 0, cfg.limit)
     dispatch = dispatch or choose(*sizes)
     rows, bound = rows_at_a_time(dispatch, *sizes)
     ids = routing.ids.detach().int()
     if dispatch == "all_to_all":
         pairs = sort_pairs(ids.flatten(), cfg.count)
-        return _in_rounds(x, routing.weights.flatten(), pairs, experts, rows, bound, ep)
+        weights = routing.weights.flatten()
+        return _in_rounds(x, weights, pairs, experts, rows, bound, ep, cfg.limit)
     ids = all_gather(ids, ep, 0).flatten() - ep.index * here
     pairs = sort_pairs(torch.where((ids >= 0) & (ids < here), ids, here), here)
     x, weights = all_gather(x, ep, 0), all_gather(routing.weights, ep, 0).flatten()
-    y, served = _in_rounds(x, weights, pairs, experts, rows, bound, ALONE)
+    y, served = _in_rounds(x, weights, pairs, experts, rows, bound, ALONE, cfg.limit)
     return reduce_scatter(y, ep, 0), served
 
 
 def _in_rounds(
-    x: Tensor, weights: Tensor, pairs: Pairs, experts: Weights, rows: int, bound: int, ep: Group
+    x: Tensor,
+    weights: Tensor,
+    pairs: Pairs,
+    experts: Weights,
+    rows: int,
+    bound: int,
+    ep: Group,
+    limit: float | None,
 ) -> tuple[Tensor, Tensor]:
     """As many rounds as it takes, on all ranks of ep equally many."""
     if rows >= bound:
-        return _round(x, weights, pairs, experts, rows, ep, 0)
+        return _round(x, weights, pairs, experts, rows, ep, 0, limit)
     rounds = all_reduce(rounds_of(pairs, ep.size, rows), ep, "max")
-    lists, place = (rounds, *pairs), (rows, ep.size, ep.index, ep.name)
+    lists, place = (rounds, *pairs), (rows, ep.size, ep.index, ep.name, limit)
     operands = (x, weights, *experts)
     if not torch.is_grad_enabled():
-        y, served = _round(x, weights, pairs, experts, rows, ep, 0)
-        return further_rounds(y, served, *lists, *operands, *place)
+        y, served = _round(x, weights, pairs, experts, rows, ep, 0, limit)
+        return further_rounds(y, served, *lists, list(operands), *place)
     ticket, *inside = _FirstRound.apply(lists, place, *operands)  # pyright: ignore
-    y, served = _round(*inside[:2], pairs, tuple(inside[2:]), rows, ep, 0)
+    y, served = _round(*inside[:2], pairs, tuple(inside[2:]), rows, ep, 0, limit)
     return _FurtherRounds.apply(y, served, ticket, lists, place, *operands)  # pyright: ignore
 
 
@@ -162,6 +170,7 @@ def _round(
     rows: int,
     ep: Group,
     round: int,
+    limit: float | None,
 ) -> tuple[Float[Tensor, "tokens embed"], Int[Tensor, ""]]:
     """What the experts make of those pairs that this round has room for, `rows` for each rank of
     ep; how many pairs this rank's experts have worked on."""
@@ -171,10 +180,18 @@ def _round(
     h, a = spread(x, token, back), spread(weights, w.index, w.back.unsqueeze(1))
     if ep.size == 1:
         ends = w.ends.squeeze(0).int()
-        y, served = swiglu_experts(h, a, *experts, ends), ends[-1].long()
+        y, served = _compute(h, a, experts, ends, limit), ends[-1].long()
     else:
-        y, served = _there_and_back(h, a, w.ends.int(), experts, ep)
+        y, served = _there_and_back(h, a, w.ends.int(), experts, ep, limit)
     return collect(y, back, token), served
+
+
+def _compute(
+    rows: Tensor, weights: Tensor, experts: Weights, ends: Tensor, limit: float | None
+) -> Tensor:
+    if limit is None:
+        return swiglu_experts(rows, weights, *experts, ends)
+    return clamped_experts(rows, weights, *experts, ends, limit)
 
 
 def _there_and_back(
@@ -183,6 +200,7 @@ def _there_and_back(
     ends: Int[Tensor, "ranks here"],
     experts: Weights,
     ep: Group,
+    limit: float | None,
 ) -> tuple[Float[Tensor, "slots embed"], Int[Tensor, ""]]:
     """What the experts of other ranks make of the rows that are theirs; how many of such rows this
     rank's experts have worked on."""
@@ -192,7 +210,7 @@ def _there_and_back(
     # of an empty slot: one more than there are
     expert = torch.searchsorted(ends, slot.expand(ep.size, -1).contiguous(), right=True)
     pairs = sort_pairs(expert.flatten().int(), ends.shape[1])
-    y, served = _round(rows, weights, pairs, experts, len(rows), ALONE, 0)
+    y, served = _round(rows, weights, pairs, experts, len(rows), ALONE, 0, limit)
     return all_to_all(y, ep, 0, 0), served
 
 
@@ -204,24 +222,23 @@ def further_rounds(
     order: Tensor,
     place: Tensor,
     ends: Tensor,
-    x: Tensor,
-    weights: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
+    operands: list[Tensor],
     rows: int,
     size: int,
     index: int,
     name: str,
+    limit: float | None,
 ) -> tuple[Tensor, Tensor]:
     """y and served of round 0, and what rounds 1 .. rounds - 1 add to them: usually nothing.
 
     rounds: the same on all ranks of the group; the host reads it, after round 0 has been queued.
+    operands: x, weights and the experts' Weights, as for `_round`.
     """
     pairs, ep = Pairs(order, place, ends), Group(("ep",), size, index, name)
+    x, weights, *experts = operands
     y, served = y.clone(), served.clone()
     for round in range(1, int(rounds)):
-        more, worked = _round(x, weights, pairs, (gate, up, down), rows, ep, round)
+        more, worked = _round(x, weights, pairs, tuple(experts), rows, ep, round, limit)
         y += more
         served += worked
     return y, served
@@ -240,24 +257,22 @@ def further_rounds_backward(
     order: Tensor,
     place: Tensor,
     ends: Tensor,
-    x: Tensor,
-    weights: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
+    operands: list[Tensor],
     rows: int,
     size: int,
     index: int,
     name: str,
+    limit: float | None,
 ) -> None:
-    """Adds to `sums`, the gradients of x, weights, gate, up and down, what rounds 1 .. rounds - 1
-    give. Each runs again, so that one after another is in memory."""
+    """Adds to `sums`, the gradients of the operands, what rounds 1 .. rounds - 1 give. Each runs
+    again, so that one after another is in memory."""
     pairs, ep = Pairs(order, place, ends), Group(("ep",), size, index, name)
     for round in range(1, int(rounds)):
-        leaves = [leaf.detach() for leaf in (x, weights, gate, up, down)]
+        leaves = [leaf.detach() for leaf in operands]
         with _autograd():
             leaves = [leaf.requires_grad_() for leaf in leaves]
-            y, _ = _round(leaves[0], leaves[1], pairs, tuple(leaves[2:]), rows, ep, round)
+            x, weights, *experts = leaves
+            y, _ = _round(x, weights, pairs, tuple(experts), rows, ep, round, limit)
             grads = torch.autograd.grad(y, leaves, grad)
         torch._foreach_add_(sums, grads)
 
@@ -289,20 +304,22 @@ class _FirstRound(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *sums):  # pyright: ignore[reportIncompatibleMethodOverride]
-        further_rounds_backward(list(sums), grad, *ctx.saved_tensors, *ctx.place)
+        *lists, operands = *ctx.saved_tensors[:4], list(ctx.saved_tensors[4:])
+        further_rounds_backward(list(sums), grad, *lists, operands, *ctx.place)
         return None, None, *sums
 
 
 class _FurtherRounds(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, served, ticket, lists, place, *operands):  # pyright: ignore[reportIncompatibleMethodOverride]
-        y, served = further_rounds(y, served, *lists, *operands, *place)
+        y, served = further_rounds(y, served, *lists, list(operands), *place)
         ctx.mark_non_differentiable(served)
+        ctx.operands = len(operands)
         return y, served
 
     @staticmethod
     def backward(ctx, grad, _):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad, None, grad, *[None] * 7
+        return grad, None, grad, None, None, *[None] * ctx.operands
 
 
 SAVED_OPS = grouped.SAVED_OPS | frozenset(

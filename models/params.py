@@ -119,12 +119,17 @@ def _mlp(cfg: Config, stack: _Stack) -> dict[str, Param]:
 
 def _experts(cfg: Config, experts: Experts, stack: _Stack) -> dict[str, Param]:
     D, X, M, S = cfg.embed, experts.count, experts.mlp, experts.shared
-    layers = {
-        "router": stack.matrix((X, D), "choices", "embed"),
-        "expert_gate": stack.matrix((X, M, D), "experts", "expert_mlp", "embed"),
-        "expert_up": stack.matrix((X, M, D), "experts", "expert_mlp", "embed"),
-        "expert_down": stack.matrix((X, D, M), "experts", "embed", "expert_mlp"),
-    }
+    layers = {"router": stack.matrix((X, D), "choices", "embed")}
+    if experts.limit is None:
+        layers["expert_gate"] = stack.matrix((X, M, D), "experts", "expert_mlp", "embed")
+        layers["expert_up"] = stack.matrix((X, M, D), "experts", "expert_mlp", "embed")
+        layers["expert_down"] = stack.matrix((X, D, M), "experts", "embed", "expert_mlp")
+    else:
+        layers["logit_bias"] = stack.vector((X,), "choices")
+        layers["expert_gate_up"] = stack.matrix((X, D, 2 * M), "experts", "embed", "expert_mlp")
+        layers["expert_gate_up_bias"] = stack.vector((X, 2 * M), "experts", "expert_mlp")
+        layers["expert_down"] = stack.matrix((X, M, D), "experts", "expert_mlp", "embed")
+        layers["expert_down_bias"] = stack.vector((X, D), "experts", "embed")
     if S:
         layers["shared_gate"] = stack.matrix((S, D), "mlp", "embed")
         layers["shared_up"] = stack.matrix((S, D), "mlp", "embed")

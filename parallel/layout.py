@@ -117,7 +117,8 @@ def _rest_dimension(
 ) -> int | None:
     """The first dimension that is whole in use and divides. A vector stays whole: it would save
     little memory and cost messages in every layer instead of one a step."""
-    is_vector = len([axis for axis in axes if axis not in (*STACKS, "head_dim", "one")]) <= 1
+    many = [axis for axis in axes if axis not in (*STACKS, "experts", "head_dim", "one")]
+    is_vector = len(many) <= 1
     if gather.size == 1 or is_vector:
         return None
     free = [i for i, axis in enumerate(axes) if axis not in STACKS and compute[i] is None]

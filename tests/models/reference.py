@@ -8,7 +8,7 @@ import transformers
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from omnistep.core.batch import Batch
+from omnistep.core.batch import Batch, segment_starts
 from omnistep.core.tree import Tree
 from omnistep.models import hf
 from omnistep.models.config import Config
@@ -35,7 +35,7 @@ def make_reference(
 ) -> tuple[transformers.PreTrainedModel, Config]:
     """A model of transformers of SIZES and what `extra` changes, and our configuration of it."""
     config = transformers.AutoConfig.for_model(family, **{**SIZES, **extra})
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = "eager" if family == "gpt_oss" else "sdpa"
     config._experts_implementation = "eager"  # the others take no fp64
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
@@ -77,7 +77,8 @@ def _compute_in_fp64(model: torch.nn.Module, cfg: Config) -> None:
         angles = position_ids.double().unsqueeze(-1) * frequencies
         if type(self).__name__.startswith("DeepseekV2"):
             return torch.polar(torch.ones_like(angles), angles) * self.attention_scaling
-        angles = torch.cat((angles, angles), -1)
+        if not type(self).__name__.startswith("GptOss"):
+            angles = torch.cat((angles, angles), -1)
         return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
 
     for module in model.modules():
@@ -92,6 +93,22 @@ def _compute_in_fp64(model: torch.nn.Module, cfg: Config) -> None:
     model.forward = forward
 
 
+def masks(model: transformers.PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    """What transformers must be told of packed samples: nothing, where it reads the positions."""
+    if model.config.model_type != "gpt_oss":
+        return {}
+    starts, index = segment_starts(batch), torch.arange(batch.tokens.shape[1])
+    seen = (index <= index[:, None]) & (index >= starts[..., None])
+    near = seen & (index > index[:, None] - model.config.sliding_window)
+    kinds = {"full_attention": seen, "sliding_attention": near}
+    return {
+        "attention_mask": {
+            name: torch.zeros(mask.shape, dtype=model.dtype).masked_fill(~mask, -1e30)[:, None]
+            for name, mask in kinds.items()
+        }
+    }
+
+
 def split_experts(tensors: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
     """A state_dict (or gradients) of transformers by the names of its files, in which each expert
     is a tensor."""
@@ -101,8 +118,8 @@ def split_experts(tensors: Mapping[str, Tensor], family: str) -> dict[str, Tenso
         start, is_fused, which = name.partition("mlp.experts.")
         if own:
             start = start.replace("mlp.gate.", "block_sparse_moe.gate.")
-        if not is_fused:
-            split[start] = value
+        if not is_fused or family == "gpt_oss":  # whose files have them as its modules do
+            split[start if own else name] = value
             continue
         folder = "block_sparse_moe" if own else "mlp"
         gate, up, down = ("w1", "w3", "w2") if own else ("gate_proj", "up_proj", "down_proj")

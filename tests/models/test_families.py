@@ -22,6 +22,7 @@ from tests.models.reference import (
     imported,
     make_batch,
     make_reference,
+    masks,
     names_of,
     relative_errors,
     split_experts,
@@ -33,6 +34,7 @@ QWEN: dict[str, Any] = {
     "num_experts": 8,
     "num_experts_per_tok": 3,
 }
+GPT_OSS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
 DEEPSEEK: dict[str, Any] = {
     "num_key_value_heads": 4,
     "moe_intermediate_size": 24,
@@ -124,6 +126,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "gpt_oss": ("gpt_oss", {**GPT_OSS, "sliding_window": 7}),
+    "gpt_oss-full": (
+        "gpt_oss",
+        {
+            **GPT_OSS,
+            "layer_types": ["full_attention"] * 3,
+            "swiglu_limit": 0.5,  # so that much is clamped
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+            "attention_bias": False,
+        },
+    ),
 }
 
 
@@ -157,7 +170,8 @@ def our_gradients(model, cfg: Config, weights, batch, dtype: torch.dtype):
 def test_logits_and_gradients_match_transformers(case, dtype, tolerance, packed):
     model, cfg = reference(case, dtype)
     batch = make_batch(packed)
-    out = model(input_ids=batch.tokens, position_ids=batch.positions, use_cache=False).logits
+    inputs = {"input_ids": batch.tokens, "position_ids": batch.positions, **masks(model, batch)}
+    out = model(**inputs, use_cache=False).logits
     losses = F.cross_entropy(out.flatten(0, 1), batch.targets.flatten(), reduction="none")
     (losses * batch.weights.flatten()).sum().backward()
 
@@ -171,7 +185,7 @@ def test_logits_and_gradients_match_transformers(case, dtype, tolerance, packed)
 
 
 @PRECISION
-@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe-dense", "qwen3_moe-dense"])
+@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe-dense", "qwen3_moe-dense", "gpt_oss"])
 def test_loss_with_load_balancing_matches_transformers(case, dtype, tolerance):
     """Their mean loss of one row, times its weight: coefficient, sum over layers, gradients."""
     family, extra = CASES[case]
@@ -181,7 +195,8 @@ def test_loss_with_load_balancing_matches_transformers(case, dtype, tolerance):
     assert cfg.experts.aux == 0.3
     tokens = make_batch(packed=True).tokens
     seq = tokens.shape[1]
-    positions = torch.cat((torch.arange(10), torch.arange(seq - 10)))[None]
+    first = 0 if family == "gpt_oss" else 10  # of two samples; gpt_oss does not read positions
+    positions = torch.cat((torch.arange(first), torch.arange(seq - first)))[None]
     weights = (positions % 4 != 3).float()
     weights[:, -1] = 0
     labels = torch.where(weights.roll(1, 1) > 0, tokens, -100)

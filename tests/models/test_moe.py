@@ -91,7 +91,7 @@ def dense(ids, x, weights, gate, up, down):
 
 def ours(ids, x, weights, gate, up, down, ep=ALONE, dispatch=None):
     routing = Routing(ids, weights, weights)
-    return work_on_experts(x, routing, gate, up, down, CONFIGS[ids.shape[1]], ep, dispatch)
+    return work_on_experts(x, routing, (gate, up, down), CONFIGS[ids.shape[1]], ep, dispatch)
 
 
 # Routing
