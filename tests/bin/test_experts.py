@@ -3,6 +3,7 @@ exported, converted there and back, asked."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,8 @@ def converted(source: Path, target: Path, *arguments: str) -> Path:
 def test_the_export_is_transformers(mixture: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    theirs, info = AutoModelForCausalLM.from_pretrained(mixture / "hf", output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(mixture / "hf", output_loading_info=True)
+    theirs, info = loaded
     assert not any(info.values()), info
     ours = open_weights(mixture / "hf")
     assert (
@@ -112,7 +114,7 @@ def test_a_run_goes_on_from_the_export(mixture: Path, files: Files, tmp_path: Pa
 def test_it_speaks_as_with_transformers(mixture: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(mixture / "hf")
+    model: Any = AutoModelForCausalLM.from_pretrained(mixture / "hf")
     tokenizer = AutoTokenizer.from_pretrained(mixture / "hf")
     prompt = "ROMEO. But soft"
     ids = torch.tensor([tokenizer(prompt)["input_ids"]])

@@ -232,9 +232,10 @@ def test_what_transformers_saves_is_read_and_what_is_exported_it_loads(case, tmp
 
     write_weights(tmp_path / "ours", hf.export_weights(tree, names, weights))
     model.config.save_pretrained(tmp_path / "ours")
-    again, info = transformers.AutoModelForCausalLM.from_pretrained(
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", output_loading_info=True
     )
+    again, info = loaded
     assert not any(info.values()), info
     theirs = model.state_dict()
     for name, value in again.state_dict().items():
