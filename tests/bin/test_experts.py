@@ -10,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from omnistep.bin import convert, sample, train
-from omnistep.core.checkpoint.safetensors import open_weights
+from omnistep.core.checkpoint.safetensors import Weights, open_weights
 from tests.bin.runs import (
     CONFIG,
     TOKENIZER,
@@ -18,6 +18,7 @@ from tests.bin.runs import (
     call,
     content,
     losses,
+    process,
     settings,
     succeeded,
     words,
@@ -74,6 +75,34 @@ def test_the_export_is_transformers(mixture: Path) -> None:
         theirs.model.layers[2].mlp.gate.e_score_correction_bias.tolist() == ours.read(BIAS).tolist()
     )
     assert ours.read(BIAS).abs().max() >= 0.001  # six steps have moved it
+
+
+def test_ranks_that_share_experts_train_and_export_what_one_does(
+    files: Files, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(EXPERTS))
+
+    def export(name: str, *more: str, **changes: Any) -> Weights:
+        chosen = settings(
+            files,
+            tmp_path / name,
+            model_config_path=tmp_path / "config.json",
+            train_save_hf_weights=True,
+            train_enable_mixed_precision=False,
+            train_compute_dtype="float64",
+            train_global_batch_size=4,
+            **changes,
+        )
+        succeeded(process("train", [*words(chosen), *more]))
+        return open_weights(tmp_path / name / "hf")
+
+    one = export("one")
+    sizes = {"train_tensor_parallel_size": 2, "train_expert_parallel_size": 2}
+    two = export("two", "--nproc=2", train_data_parallel_mode="fsdp2", **sizes)
+    assert one.infos.keys() == two.infos.keys()
+    for name in one.infos:
+        a, b = one.read(name), two.read(name)
+        assert (a - b).norm() <= 1e-10 * a.norm(), name
 
 
 def test_there_and_back(mixture: Path, tmp_path: Path) -> None:
