@@ -12,12 +12,16 @@ import pytest
 import torch
 
 from omnistep.models import decoder
+from omnistep.models.config import Experts, Latent
+from omnistep.parallel.experts import Dispatch
 from omnistep.parallel.layout import Strategy
 from omnistep.parallel.remat import Remat
-from tests.benchmarks import mesh_1024
+from omnistep.parallel.traffic import Traffic
+from tests.benchmarks import deepseek_2048, mesh_1024
+from tests.benchmarks.deepseek_2048 import deepseek_v3
 from tests.benchmarks.mesh_memory import MODEL, measured, peak_bytes, setting, state_bytes
 from tests.parallel.counting import Held, pretended
-from tests.parallel.paper import minimum
+from tests.parallel.paper import Setting, minimum
 
 MODES = get_args(Remat)
 LEAST = {"none": 0.99, "selective": 0.85, "full": 0.95}
@@ -71,3 +75,36 @@ def test_products_of_axes():
     held, traffic = pretended(s)
     assert held.state == state_bytes(s)
     assert traffic == minimum(s)
+
+
+@functools.cache
+def mixture(dispatch: Dispatch) -> tuple[Setting, Held, Traffic]:
+    """deepseek_2048's step, small."""
+    latent = Latent(kv=64, nope=16, rope=8, value=12, q=64)
+    experts = attrs.evolve(deepseek_v3().experts, count=32, mlp=32, shared=32, dense=(0,))
+    cfg = attrs.evolve(deepseek_v3(), vocab=256, embed=64, layers=5, heads=8, kv_heads=8)
+    cfg = attrs.evolve(cfg, head_dim=24, mlp=128, latent=latent, experts=experts)
+    sizes = {"pp": 2, "dp_replicate": 2, "dp_shard": 4, "ulysses": 4, "ep": 8}
+    s = deepseek_2048.setting(cfg, dispatch, "full", sizes, seq=512)
+    return s, *pretended(s)
+
+
+@pytest.mark.parametrize("dispatch", get_args(Dispatch))
+def test_experts_with_every_axis(dispatch):
+    s, held, traffic = mixture(dispatch)
+    assert held.state == state_bytes(s)
+    assert traffic == minimum(s)
+
+
+def test_nothing_of_a_dispatch_is_kept_that_runs_again():
+    assert mixture("gather")[1].kept == mixture("all_to_all")[1].kept
+
+
+def test_weights_of_experts_are_dropped_too():
+    experts = Experts(count=8, top_k=2, mlp=64)
+    cfg = attrs.evolve(MODEL, embed=256, layers=2, experts=experts)
+    s = Setting(cfg, {"dp_shard": 4, "ep": 2}, "zero3", seq=64, dispatch="all_to_all")
+    layers = decoder.params(cfg)["layers"].values()
+    whole = sum(4 * math.prod(p.shape) // s.size(*s.cut(p)) for p in layers if not s.is_vector(p))
+    zero2 = attrs.evolve(s, strategy="zero2")
+    assert pretended(zero2)[0].kept == pretended(s)[0].kept + whole
