@@ -17,6 +17,7 @@ from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
+from attrs import evolve
 from checkpoint_states import assert_same_bits
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -46,9 +47,13 @@ MESHES: tuple[tuple[str, Strategy], ...] = (
     ("dp_shard 2, tp 2", "zero3"),
     ("pp 2, dp_shard 2", "zero2"),
     ("dp_replicate 2, dp_shard 2", "zero3"),
+    ("tp 2, ep 2", "zero3"),
+    ("dp_shard 4, ep 2", "zero3"),
+    ("pp 2, ulysses 2, ep 2", "ddp"),
 )
 CASES = tuple(Case(sizes, strategy, "bias", dtype="fp32") for sizes, strategy in MESHES)
-TREE = decoder.params(MODELS["bias"])
+MODEL = evolve(MODELS["bias"], layers=5, windows=(), experts=MODELS["deepseek"].experts)
+TREE = decoder.params(MODEL)
 CPU = torch.device("cpu")
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-MESHES, FORMATS = 10, 2
+MESHES, FORMATS = 13, 2
 
 
 def test_every_mesh_restores_what_every_other_saved(tmp_path: Path) -> None:

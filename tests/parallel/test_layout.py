@@ -6,19 +6,25 @@ import attrs
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from omnistep.core import param, rng
 from omnistep.core.tree import leaves_with_names
 from omnistep.models import decoder, hf
-from omnistep.models.config import Experts
+from omnistep.models.config import Config, Experts
 from omnistep.models.hf_names import weight_names
-from omnistep.parallel.layout import Place, extent, place
-from omnistep.parallel.mesh import Group, Mesh, MeshError, destroy_groups, make_mesh
-
-CFG = decoder.Config(
-    vocab=128, embed=64, layers=4, heads=8, kv_heads=4, head_dim=16, mlp=96, qk_norm=True
+from omnistep.parallel.layout import Place, extent, place, to_global
+from omnistep.parallel.mesh import (
+    Group,
+    Mesh,
+    MeshError,
+    destroy_groups,
+    make_mesh,
+    process_group,
 )
+
+CFG = Config(vocab=128, embed=64, layers=4, heads=8, kv_heads=4, head_dim=16, mlp=96, qk_norm=True)
 EXPERTS = attrs.evolve(
     CFG, experts=Experts(count=16, top_k=2, mlp=32, bias=True, shared=32, dense=(0, 2)), layers=6
 )
@@ -37,8 +43,8 @@ def fake_mesh():
     destroy_groups()
 
 
-def places(mesh: Mesh, strategy) -> dict[str, Place]:
-    layout = param.make_layout(decoder.params(CFG), mesh, strategy, torch.float32)
+def places(mesh: Mesh, strategy, cfg: Config = CFG) -> dict[str, Place]:
+    layout = param.make_layout(decoder.params(cfg), mesh, strategy, torch.float32)
     return leaves_with_names(layout.places)
 
 
@@ -103,6 +109,74 @@ def test_heads_that_ulysses_cannot_share(fake_mesh):
     mesh = fake_mesh(ulysses=3)
     with pytest.raises(MeshError, match=r"8 attention heads.*ulysses may be 1, 2, 4, 8"):
         decoder.check_mesh(CFG, mesh)
+
+
+def test_experts_see_the_same_ranks_along_other_axes(fake_mesh):
+    """ep innermost, whichever axes of the first view it goes over."""
+    mesh = fake_mesh(rank=13, dp_replicate=2, dp_shard=2, ulysses=2, tp=2, ep=4)
+    sizes = {axis: mesh.size(axis) for axis in ("pp", "dp_replicate", "ep_shard", "ep")}
+    assert sizes == {"pp": 1, "dp_replicate": 2, "ep_shard": 2, "ep": 4}
+    assert [mesh.index(axis) for axis in ("dp_replicate", "ep_shard", "ep")] == [1, 1, 1]
+    for axes, ranks in {("ep",): [12, 13, 14, 15], ("ep_shard",): [9, 13]}.items():
+        group = mesh.group(*axes)
+        members = dist.get_process_group_ranks(process_group(group))
+        assert (members, members[group.index]) == (ranks, 13)
+    with pytest.raises(ValueError, match="ep, tp are not axes of one view of the ranks"):
+        mesh.group("ep", "tp")
+
+
+def test_where_experts_lie(fake_mesh):
+    mesh = fake_mesh(rank=7, dp_replicate=2, dp_shard=2, tp=2, ep=2)
+    ddp, zero3 = (places(mesh, strategy, EXPERTS) for strategy in ("ddp", "zero3"))
+    name = "layers.expert_gate"
+    assert ddp[name].cuts() == {"ep": 1}
+    assert ddp[name].reduce.axes == ("dp_replicate", "ep_shard")
+    assert zero3[name].cuts() == {"ep": 1, "ep_shard": 2}
+    assert zero3[name].reduce.axes == ("dp_replicate",)
+    assert zero3[name].inside
+    assert extent(zero3[name], mesh) == ((4, 8, 16, 64), (0, 8, 16, 0))
+    # what every token meets lies in the first view: tp cuts the shared expert, not the router
+    assert zero3["layers.shared_up"].cuts() == {"tp": 1, "dp_shard": 2}
+    assert zero3["layers.router"].cuts() == {"dp_shard": 1, "tp": 1}
+    assert zero3["router_bias"].cuts() == {}
+    assert zero3["router_bias"].reduce.size == 1  # it has no gradient
+
+
+def test_experts_whose_ranks_are_all_there_are(fake_mesh):
+    """Nothing is left that could cut them further, or hold a copy."""
+    at = places(fake_mesh(ulysses=2, tp=2, ep=4), "zero3", EXPERTS)["layers.expert_down"]
+    assert at.cuts() == {"ep": 1}
+    assert (at.gather.size, at.reduce.size, at.inside) == (1, 1, False)
+
+
+def test_stages_share_layers_with_experts_and_all_hold_the_dense_ones(fake_mesh):
+    at = places(fake_mesh(pp=2, dp_shard=4, ep=2), "zero3", EXPERTS)
+    assert at["layers.expert_up"].cuts() == {"pp": 0, "ep": 1, "ep_shard": 2}
+    assert at["router_bias"].cuts() == {"pp": 0}
+    assert at["dense_layers.up"].cuts() == {"pp": 1, "dp_shard": 1}
+
+
+def test_errors_of_ranks_that_share_experts(fake_mesh):
+    cpu, fit = torch.device("cpu"), "ep may be 1, 2, 3, 6"
+    with pytest.raises(MeshError, match=f"ep 4 does not divide the 6 ranks of .*; {fit}"):
+        make_mesh({"dp_replicate": 4, "dp_shard": 3, "tp": 2, "ep": 4}, cpu)
+    mesh = fake_mesh(dp_shard=32, ep=32)
+    match = r"expert_gate has 16 experts, which ep = 32 ranks .*; ep may be 1, 2, 4, 8, 16"
+    with pytest.raises(MeshError, match=match):
+        places(mesh, "ddp", EXPERTS)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+@pytest.mark.parametrize("sizes", [{"dp_shard": 4, "tp": 2, "ep": 4}, {"pp": 2, "cp": 4, "ep": 2}])
+def test_the_dtensor_of_experts_cuts_as_extent_says(sizes, strategy, fake_mesh):
+    mesh = fake_mesh(rank=6, **sizes)
+    for name, at in places(mesh, strategy, EXPERTS).items():
+        shape, offset = extent(at, mesh)
+        leaf = to_global(torch.empty(shape), at, mesh)
+        local, begin = compute_local_shape_and_global_offset(
+            leaf.shape, leaf.device_mesh, leaf.placements
+        )
+        assert (leaf.shape, tuple(local), tuple(begin)) == (at.shape, shape, offset), name
 
 
 @pytest.mark.parametrize(
