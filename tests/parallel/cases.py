@@ -77,11 +77,11 @@ EP_ALONE = (
     Case("dp_shard 2, ep 2", "ddp", "moe", dispatch="gather"),
     Case("dp_shard 2, ep 2", "zero3", "deepseek", accumulate=3, dispatch="all_to_all"),
     Case("dp_shard 4, ep 4", "zero1", "deepseek", packed=False, dispatch="gather"),
-    Case("dp_shard 4, ep 4", "zero2", "moe", accumulate=3, mode="full", dispatch="all_to_all"),
-    Case("dp_shard 8, ep 8", "zero3", "moe", mode="selective", dispatch="gather"),
+    Case("dp_shard 4, ep 4", "zero2", "moe", mode="full", dispatch="all_to_all"),
+    Case("dp_shard 8, ep 8", "zero3", "moe", dispatch="gather"),
     Case("dp_shard 8, ep 8", "zero1", "deepseek", dispatch="all_to_all"),
     Case("tp 2, ep 2", "ddp", "deepseek", mode="selective", dispatch="gather"),
-    Case("tp 4, ep 4", "zero3", "moe", accumulate=3, dispatch="all_to_all"),
+    Case("tp 4, ep 4", "zero1", "moe", accumulate=3, dispatch="all_to_all"),
     Case("ulysses 4, ep 4", "zero3", "deepseek", mode="full", dispatch="gather"),
     Case("ulysses 2, ep 2", "ddp", "moe", packed=False, dispatch="all_to_all"),
     Case("cp 2, ep 2", "zero2", "moe", dispatch="gather"),
@@ -90,25 +90,25 @@ EP_ALONE = (
 """The experts' ranks are all there are, whatever else they share."""
 EP_PAIRS = (
     Case("dp_shard 4, ep 2", "zero3", "moe", mode="full", dispatch="gather"),
-    Case("dp_shard 4, ep 2", "zero3", "deepseek", accumulate=3, dispatch="all_to_all"),
+    Case("dp_shard 4, ep 2", "zero3", "deepseek", mode="selective", dispatch="all_to_all"),
     Case("dp_shard 4, ep 2", "zero3", "moe", bucket=True),
     Case("dp_replicate 2, dp_shard 2, ep 2", "zero3", "deepseek", dispatch="gather"),
     Case("dp_replicate 2, dp_shard 2, ep 2", "ddp", "moe", packed=False, dispatch="all_to_all"),
     Case("dp_shard 2, cp 2, ep 2", "zero1", "moe", accumulate=3, dispatch="gather"),
-    Case("dp_shard 2, cp 2, ep 4", "zero3", "deepseek", dispatch="all_to_all"),
+    Case("dp_shard 2, cp 2, ep 4", "zero2", "deepseek", dispatch="all_to_all"),
     Case("dp_shard 2, ulysses 2, ep 4", "zero2", "moe", dispatch="gather"),
-    Case("dp_shard 2, ulysses 2, ep 2", "zero3", "moe", mode="selective", dispatch="all_to_all"),
+    Case("dp_shard 2, ulysses 2, ep 2", "zero3", "moe", dispatch="all_to_all"),
     Case("dp_shard 2, tp 2, ep 4", "zero3", "deepseek", packed=False, dispatch="gather"),
-    Case("dp_shard 2, tp 2, ep 2", "zero3", "moe", accumulate=3, dispatch="all_to_all"),
+    Case("dp_shard 2, tp 2, ep 2", "zero2", "moe", accumulate=3, dispatch="all_to_all"),
     Case("dp_shard 2, tp 2, ep 4", "zero2", "deepseek", mode="full", dispatch="all_to_all"),
     Case("pp 2, dp_shard 2, ep 2", "zero3", "moe", accumulate=3, dispatch="gather"),
     Case("pp 2, tp 2, ep 2", "ddp", "deepseek", accumulate=3, dispatch="all_to_all"),
 )
 EP_PRODUCTS = (
     Case("dp_shard 2, ulysses 2, tp 2, ep 4", "zero3", "deepseek", dispatch="all_to_all"),
-    Case("pp 2, dp_shard 4, ep 2", "zero3", "deepseek", accumulate=3, dispatch="gather"),
+    Case("pp 2, dp_shard 4, ep 2", "zero3", "deepseek", accumulate=2, dispatch="gather"),
     Case("dp_replicate 2, dp_shard 2, tp 2, ep 2", "zero3", "moe", dispatch="all_to_all"),
-    Case("dp_shard 2, cp 2, tp 2, ep 8", "zero3", "moe", dispatch="gather"),
+    Case("dp_shard 2, cp 2, tp 2, ep 8", "zero2", "moe", dispatch="gather"),
 )
 SKEWED = (
     Case("dp_shard 2, ep 2", "zero3", "one expert", accumulate=3, dispatch="all_to_all"),
@@ -117,7 +117,7 @@ SKEWED = (
     Case("dp_shard 4, ep 2", "zero3", "one expert", dispatch="gather"),
     Case("dp_shard 2, tp 2, ep 4", "zero3", "one expert", mode="full", dispatch="all_to_all"),
     Case("pp 2, ulysses 2, ep 2", "zero3", "skewed", accumulate=3, dispatch="all_to_all"),
-    Case("dp_shard 8, ep 8", "zero3", "skewed", packed=False, dispatch="all_to_all"),
+    Case("dp_shard 8, ep 8", "zero1", "skewed", packed=False, dispatch="all_to_all"),
 )
 """All tokens go to experts of one rank."""
 EP_SINGLE_PRECISION = (
