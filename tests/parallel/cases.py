@@ -127,7 +127,7 @@ EP_SINGLE_PRECISION = (
 EP_COMPILED = (
     Case("dp_shard 2, ep 2", "zero3", "deepseek", compile=True, dispatch="gather"),
     Case("tp 2, ep 2", "zero3", "skewed", mode="full", compile=True, dispatch="all_to_all"),
-    Case("pp 2", "zero3", "deepseek", accumulate=3, compile=True),
+    Case("pp 2", "zero3", "moe", accumulate=3, compile=True),
 )
 
 COMPILED = (*DENSE_COMPILED, *EP_COMPILED)
