@@ -87,7 +87,9 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="comma-separated contestants besides omnistep")
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--warm", type=int, default=3, help="uncounted steps before the rounds")
+    parser.add_argument(
+        "--warm", type=int, default=6, help="uncounted steps first: oneDNN meets new shapes in them"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", default="", help="write all figures here")
     options = parser.parse_args()
