@@ -304,8 +304,8 @@ class _FirstRound(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *sums):  # pyright: ignore[reportIncompatibleMethodOverride]
-        *lists, operands = *ctx.saved_tensors[:4], list(ctx.saved_tensors[4:])
-        further_rounds_backward(list(sums), grad, *lists, operands, *ctx.place)
+        saved = ctx.saved_tensors  # once: under checkpointing they can't be had twice
+        further_rounds_backward(list(sums), grad, *saved[:4], list(saved[4:]), *ctx.place)
         return None, None, *sums
 
 

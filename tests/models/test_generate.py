@@ -38,6 +38,7 @@ def collect(generate, prompts, count, seed=0, rows_seen=0):
         ("deepseek_v3", True),
         ("qwen3_moe", False),
         ("deepseek_v3-yarn", False),
+        ("gpt_oss", False),
     ],
 )
 def test_greedy_equals_transformers(case, compile):

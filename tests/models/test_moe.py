@@ -233,7 +233,8 @@ def test_one_rank_equals_a_dense_loop(kind, top_k):
 
 def in_rounds(ids, x, weights, gate, up, down, rows=8):
     pairs = sort_pairs(ids.flatten().int(), COUNT)
-    return _in_rounds(x, weights.flatten(), pairs, (gate, up, down), rows, ids.numel(), ALONE)
+    experts = (gate, up, down)
+    return _in_rounds(x, weights.flatten(), pairs, experts, rows, ids.numel(), ALONE, None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -252,8 +253,8 @@ def test_operators_are_what_they_say():
     pairs, served = sort_pairs(ids.flatten(), COUNT), torch.zeros((), dtype=torch.int64)
     rounds, operands = rounds_of(pairs, 1, 8), [x, weights.flatten(), gate, up, down]
     assert rounds > 2
-    rest, sums = (rounds, *pairs, *operands, 8, 1, 0, ""), [torch.zeros_like(x) for x in operands]
-    ops = torch.ops.omnistep
+    rest = (rounds, *pairs, operands, 8, 1, 0, "", None)
+    sums, ops = [torch.zeros_like(x) for x in operands], torch.ops.omnistep
     torch.library.opcheck(ops.further_rounds.default, (grad, served, *rest))
     torch.library.opcheck(ops.further_rounds_backward.default, (sums, grad, *rest))
 

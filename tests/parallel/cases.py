@@ -104,6 +104,12 @@ EP_PAIRS = (
     Case("pp 2, dp_shard 2, ep 2", "zero3", "moe", accumulate=3, dispatch="gather"),
     Case("pp 2, tp 2, ep 2", "ddp", "deepseek", accumulate=3, dispatch="all_to_all"),
 )
+GPT_OSS = (
+    Case("dp_shard 2, ep 2", "zero3", "gpt_oss", accumulate=3, dispatch="all_to_all"),
+    Case("ulysses 2, ep 2", "zero3", "gpt_oss", packed=False, dispatch="gather"),
+    Case("cp 2, tp 2, ep 2", "zero2", "gpt_oss", mode="selective", dispatch="all_to_all"),
+    Case("pp 2, dp_shard 2", "zero3", "gpt_oss", accumulate=3),
+)
 EP_PRODUCTS = (
     Case("dp_shard 2, ulysses 2, tp 2, ep 4", "zero3", "deepseek", dispatch="all_to_all"),
     Case("pp 2, dp_shard 4, ep 2", "zero3", "deepseek", accumulate=2, dispatch="gather"),
@@ -133,6 +139,6 @@ EP_COMPILED = (
 COMPILED = (*DENSE_COMPILED, *EP_COMPILED)
 ALL = (
     *(*ALONE, *PAIRS, *PRODUCTS, *SINGLE_PRECISION, *DENSE_COMPILED),
-    *(*EXPERTS_WHOLE, *EP_ALONE, *EP_PAIRS, *EP_PRODUCTS, *SKEWED),
+    *(*EXPERTS_WHOLE, *EP_ALONE, *EP_PAIRS, *GPT_OSS, *EP_PRODUCTS, *SKEWED),
     *(*EP_SINGLE_PRECISION, *EP_COMPILED),
 )

@@ -56,6 +56,14 @@ MODELS = {
     "bias": evolve(LLAMA, qkv_bias=True, out_bias=True, mlp_bias=True, windows=(None, 5, None, 5)),
     "moe": evolve(LLAMA, tied=True, experts=EXPERTS),
     "deepseek": evolve(LLAMA, layers=5, kv_heads=8, head_dim=12, latent=LATENT, experts=DEEPSEEK),
+    "gpt_oss": evolve(
+        LLAMA,
+        qkv_bias=True,
+        out_bias=True,
+        sinks=True,
+        windows=(5, None, 5, None),
+        experts=evolve(EXPERTS, limit=1.0),
+    ),
     "skewed": evolve(LLAMA, experts=evolve(EXPERTS, bias=True)),
     "one expert": evolve(LLAMA, experts=evolve(EXPERTS, top_k=1, normalize=False, bias=True)),
 }

@@ -61,9 +61,10 @@ Models with experts have 8, of which a token uses 2. "moe" is Mixtral's kind, wi
 loss, which is compared too; "deepseek" has latent attention, sigmoid scores with a bias that each
 step moves, groups of experts, a shared expert and a first layer without experts. In "skewed" all
 tokens go to the same two experts, in "one expert" to one: some rank gets several times what a
-buffer has room for. The number of tokens that each expert of each layer got is equal (in fp32 in the
-first step), and none is dropped. `ep` are the ranks that share the experts, neighbours among those
-of dp_shard, cp, ulysses and tp; without it each rank works on all experts.
+buffer has room for; "gpt_oss" has sinks, windows, and clamped experts with biases. The number of
+tokens that each expert of each layer got is equal (in fp32 in the first step), and none is dropped.
+`ep` are the ranks that share the experts, neighbours among those of dp_shard, cp, ulysses and tp;
+without it each rank works on all experts.
 
 | mesh | strategy | dispatch | model | batch | accumulated | remat | run | error | where |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
