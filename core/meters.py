@@ -12,6 +12,8 @@ import attrs
 import torch
 from attrs import frozen
 
+from omnistep.core.products import goes_wide, wide_product
+
 
 @frozen
 class Meter:
@@ -120,10 +122,11 @@ def _measured_cpu_peak(dtype: torch.dtype, threads: int, seconds: float = 0.15) 
     size = 1024
     a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
     best, end = float("inf"), time.perf_counter() + seconds
-    torch.mm(a, b)
+    multiply = wide_product if goes_wide(a) else torch.mm
+    multiply(a, b)
     while True:
         start = time.perf_counter()
-        torch.mm(a, b)
+        multiply(a, b)
         now = time.perf_counter()
         best = min(best, now - start)
         if now > end:

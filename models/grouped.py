@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from omnistep.models.linear import goes_wide, wide_product
+from omnistep.core.products import goes_wide, wide_product
 
 
 def grouped_linear(

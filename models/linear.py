@@ -1,9 +1,4 @@
-"""Matrix products in fp32 on CPU by oneDNN, where that is faster than torch.mm.
-
-torch.mm in fp32 is MKL's, which on AMD processors uses half the width of AVX-512's registers:
-110 GFLOP/s on a core of a Zen 5, where oneDNN's kernels, exact fp32 too, make 240. In bf16 torch.mm
-is oneDNN already.
-"""
+"""torch.nn.functional.linear, as fast as the processor can: on CPU in fp32 by core/products.py."""
 
 import math
 
@@ -12,22 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-HAS_WIDE_PRODUCTS = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_supported()
+from omnistep.core.products import goes_wide, wide_product
+
 FEWEST_ROWS = 16
 """With fewer the product waits for memory, whoever computes it."""
-
-
-def goes_wide(x: Tensor) -> bool:
-    """Whether products of x are oneDNN's."""
-    return HAS_WIDE_PRODUCTS and x.device.type == "cpu" and x.dtype == torch.float32
-
-
-def wide_product(
-    a: Float[Tensor, "rows in"], b: Float[Tensor, "out in"]
-) -> Float[Tensor, "rows out"]:
-    """a @ b.T in fp32 by oneDNN; not differentiable. The first product of a shape takes up to 1 ms
-    more; 1024 shapes are remembered. Both must be contiguous or the transpose of what is."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
 
 @torch.library.custom_op("omnistep::linear", mutates_args=())

@@ -66,7 +66,7 @@ def ceiling(threads: int, seconds: float = 4.0) -> float:
     """GFLOP/s of the fastest of three square products in fp32, by torch.mm or by oneDNN."""
     import torch
 
-    from omnistep.models.linear import HAS_WIDE_PRODUCTS, wide_product
+    from omnistep.core.products import HAS_WIDE_PRODUCTS, wide_product
 
     torch.set_num_threads(threads)
     best = 0.0

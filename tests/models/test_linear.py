@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from omnistep.core import products
 from omnistep.models import linear as wide
 from omnistep.models.linear import linear
 
-needs_avx512 = pytest.mark.skipif(not wide.HAS_WIDE_PRODUCTS, reason="no AVX-512 or no oneDNN")
+needs_avx512 = pytest.mark.skipif(not products.HAS_WIDE_PRODUCTS, reason="no AVX-512 or no oneDNN")
 
 
 def results(function, x, weight, bias, grad):

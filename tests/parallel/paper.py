@@ -54,8 +54,8 @@ Experts that the ranks of ep share, in each layer; t tokens of a rank, each to k
                 can be: rows [ep C, embed] and weights [ep C] (fp32) go, with how many are for each
                 expert (int32, X numbers), and rows come back. Where there can be more pairs than
                 slots, one all-reduce says how many rounds there will be. Backward the transposes,
-                not of the counts. Further rounds, of which there are none where experts are
-                used about evenly, each send the same again
+                not of the counts. Further rounds (none where experts are used about evenly, and
+                none is counted here) each send the same, and run again for their backward pass
 
 Recomputation of whole blocks ("full") sends a layer's forward messages again, but for the last
 scatter or, of experts, the way back: no gradient depends on its result (but for a gated shared
@@ -130,7 +130,8 @@ class Setting:
         return tuple(axis for axis in (EXPERT_AXES if "ep" in cut else AXES) if axis not in cut)
 
     def is_vector(self, p: Param) -> bool:
-        return sum(axis not in STACKS for axis in p.axes) == 1
+        """Also a bias of heads, which is one in a file, and a matrix of one row."""
+        return sum(axis not in (*STACKS, "head_dim", "one") for axis in p.axes) <= 1
 
     def piece(self, p: Param) -> int:
         """How many numbers of a weight a rank holds at rest."""
@@ -249,14 +250,12 @@ def activations(s: Setting, traffic: Traffic, stage: int = 0) -> None:
             back += [(numbers, wide(s.compute))]
             row = ("cp", "ulysses", "tp")
             add(s, traffic, "all_reduce", row, numbers, wide(s.compute), s.accumulate * last)
-    for kind, after, messages in (
-        ("send", not last, there),
-        ("receive", not last, back),
-        ("receive", not first, there),
-        ("send", not first, back),
-    ):
-        for elements, dtype in messages:
-            add(s, traffic, kind, ("pp",), elements, dtype, s.accumulate * after)
+    for elements, dtype in there:
+        add(s, traffic, "receive", ("pp",), elements, dtype, s.accumulate * (not first))
+        add(s, traffic, "send", ("pp",), elements, dtype, s.accumulate * (not last))
+    for elements, dtype in back:
+        add(s, traffic, "receive", ("pp",), elements, dtype, s.accumulate * (not last))
+        add(s, traffic, "send", ("pp",), elements, dtype, s.accumulate * (not first))
 
 
 def _layers(s: Setting, stage: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import attrs
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -173,6 +174,7 @@ def test_the_dtensor_of_experts_cuts_as_extent_says(sizes, strategy, fake_mesh):
     for name, at in places(mesh, strategy, EXPERTS).items():
         shape, offset = extent(at, mesh)
         leaf = to_global(torch.empty(shape), at, mesh)
+        assert isinstance(leaf, DTensor)
         local, begin = compute_local_shape_and_global_offset(
             leaf.shape, leaf.device_mesh, leaf.placements
         )

@@ -28,7 +28,9 @@ DEEPSEEK = attrs.evolve(
     kv_heads=8,
     head_dim=12,
     latent=Latent(kv=16, nope=8, rope=4, value=6, q=24),
-    experts=Experts(count=8, top_k=2, mlp=16, bias=True, shared=16, dense=(0, 1)),
+    experts=Experts(
+        count=8, top_k=2, mlp=16, bias=True, shared=16, shared_gated=True, dense=(0, 1)
+    ),
 )
 BF16 = torch.bfloat16
 GATHER: Mapping[str, Any] = {"dispatch": "gather"}
@@ -153,10 +155,10 @@ tokens. Bytes are those that leave rank 0 when large messages go round a ring.
 
 From "experts" on there are 8 experts of width 16, of which a token uses 2, and what is counted are
 the operators of the compiled step, on tensors without memory. The models are Mixtral's kind, with a
-load-balancing loss; with tp, ulysses or cp DeepSeek's, with latent attention, a shared expert and
-two dense layers. `ep` are the ranks that share the experts, `ep_shard` those of dp_shard, cp,
-ulysses and tp besides. No further rounds are counted: they come where a rank's experts are wanted
-by more than 1.25 times their share of tokens.
+load-balancing loss; with tp, ulysses or cp DeepSeek's, with latent attention, a shared expert
+(gated as Qwen2-MoE's) and two dense layers. `ep` are the ranks that share the experts, `ep_shard`
+those of dp_shard, cp, ulysses and tp besides. Of all_to_all no further rounds are counted: they
+come where a rank has more than 1.25 times an even share of its pairs for one other.
 
 | what | mesh | over | messages a step | bytes a step | paper |
 | --- | --- | --- | --- | --- | --- |
