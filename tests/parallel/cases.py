@@ -78,7 +78,7 @@ EP_ALONE = (
     Case("dp_shard 2, ep 2", "zero3", "deepseek", accumulate=3, dispatch="all_to_all"),
     Case("dp_shard 4, ep 4", "zero1", "deepseek", packed=False, dispatch="gather"),
     Case("dp_shard 4, ep 4", "zero2", "moe", mode="full", dispatch="all_to_all"),
-    Case("dp_shard 8, ep 8", "zero3", "moe", dispatch="gather"),
+    Case("dp_shard 8, ep 8", "zero2", "moe", dispatch="gather"),
     Case("dp_shard 8, ep 8", "zero1", "deepseek", dispatch="all_to_all"),
     Case("tp 2, ep 2", "ddp", "deepseek", mode="selective", dispatch="gather"),
     Case("tp 4, ep 4", "zero1", "moe", accumulate=3, dispatch="all_to_all"),
@@ -111,8 +111,8 @@ GPT_OSS = (
     Case("pp 2, dp_shard 2", "zero3", "gpt_oss", accumulate=3),
 )
 EP_PRODUCTS = (
-    Case("dp_shard 2, ulysses 2, tp 2, ep 4", "zero3", "deepseek", dispatch="all_to_all"),
-    Case("pp 2, dp_shard 4, ep 2", "zero3", "deepseek", accumulate=2, dispatch="gather"),
+    Case("dp_shard 2, ulysses 2, tp 2, ep 4", "zero2", "deepseek", dispatch="all_to_all"),
+    Case("pp 2, dp_shard 4, ep 2", "zero2", "deepseek", accumulate=2, dispatch="gather"),
     Case("dp_replicate 2, dp_shard 2, tp 2, ep 2", "zero3", "moe", dispatch="all_to_all"),
     Case("dp_shard 2, cp 2, tp 2, ep 8", "zero2", "moe", dispatch="gather"),
 )
