@@ -106,5 +106,6 @@ def test_weights_of_experts_are_dropped_too():
     s = Setting(cfg, {"dp_shard": 4, "ep": 2}, "zero3", seq=64, dispatch="all_to_all")
     layers = decoder.params(cfg)["layers"].values()
     whole = sum(4 * math.prod(p.shape) // s.size(*s.cut(p)) for p in layers if not s.is_vector(p))
-    zero2 = attrs.evolve(s, strategy="zero2")
-    assert pretended(zero2)[0].kept == pretended(s)[0].kept + whole
+    zero2, zero3 = (pretended(attrs.evolve(s, strategy=z))[0].kept for z in ("zero2", "zero3"))
+    # no weight, and of small things some that zero2 does not compute again
+    assert 0 <= zero2 - zero3 - whole < 0.01 * whole
