@@ -25,6 +25,7 @@ from omnistep.bin.report import Dispatched, Meters, Say, report
 from omnistep.bin.spawn import spawn
 from omnistep.bin.stop import RESUME_ME, Stop
 from omnistep.core import rng
+from omnistep.core.allocator import keep_freed_memory
 from omnistep.core.batch import Batch
 from omnistep.core.checkpoint.place import Place, try_to_write
 from omnistep.core.checkpoint.protocol import CheckpointError, CheckpointStore
@@ -92,6 +93,8 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
     model = build.read_model(args.model)
     tokenizer = build.read_tokenizer(args.model, model.cfg)
     mesh = build.make_mesh(train, world_size)
+    if mesh.device.type == "cpu":
+        keep_freed_memory()
     layout = build.make_layout(train, model, mesh)
     first = mesh.rank == 0  # it alone writes logs; checkpoints are written by all
     say = partial(print, flush=True) if first else lambda text: None

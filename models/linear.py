@@ -13,7 +13,8 @@ FEWEST_ROWS = 16
 """With fewer the product waits for memory, whoever computes it."""
 
 
-@torch.library.custom_op("omnistep::linear", mutates_args=())
+# Any strides do: if that were not said, the compiler would copy operands into those it expects.
+@torch.library.custom_op("omnistep::linear", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T; its gradients are the same operator."""
     return wide_product(_dense(x), _dense(weight))

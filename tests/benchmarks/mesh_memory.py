@@ -3,6 +3,8 @@
     python -m tests.benchmarks.mesh_memory > docs/memory.md
 
 runs a compiled step on 1, 2 and 4 ranks of this machine, and on one of up to 1,024 pretended ranks.
+Products are torch's own, as on GPUs. (What core/products.py puts in their place on some CPUs makes
+the compiler scatter a layer's gradients later: the peak is up to 9 % above the formula.)
 """
 
 import json
@@ -13,12 +15,13 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import get_args
+from unittest.mock import patch
 
 import attrs
 import torch
 import torch.distributed as dist
 
-from omnistep.core import param
+from omnistep.core import param, products
 from omnistep.core.tree import tree_leaves
 from omnistep.models import decoder
 from omnistep.parallel.mesh import destroy_groups, make_mesh
@@ -31,6 +34,11 @@ MODEL = decoder.Config(vocab=512, embed=1024, layers=8, heads=8, kv_heads=4, hea
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 MEASURED = 4
 """Up to how many ranks this machine runs."""
+
+
+def own_products():
+    """Inside, torch's own products are used on CPU too."""
+    return patch.object(products, "HAS_WIDE_PRODUCTS", False)
 
 
 def setting(ranks: int, mode: Remat, compute: torch.dtype = torch.float32) -> Setting:
@@ -108,7 +116,7 @@ def run_rank(folder: Path, mode: Remat, ranks: int, rank: int) -> None:
         store = f"file://{folder}/rendezvous"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
     mesh = make_mesh(s.sizes, torch.device("cpu"))
-    with visible_buffers(), Watch() as watch:
+    with own_products(), visible_buffers(), Watch() as watch:
         found = held(s, mesh, watch.memory)
     (folder / f"held{rank}").write_text(json.dumps(attrs.asdict(found)))
     if ranks > 1:
@@ -152,4 +160,5 @@ if __name__ == "__main__":
         folder, mode, ranks, rank = sys.argv[1:]
         run_rank(Path(folder), mode, int(ranks), int(rank))  # pyright: ignore[reportArgumentType]
     else:
-        main()
+        with own_products():
+            main()

@@ -7,6 +7,7 @@ import torch
 import work
 
 from omnistep.core import param, rng
+from omnistep.core.allocator import keep_freed_memory
 from omnistep.core.batch import Batch
 from omnistep.core.optim import adamw
 from omnistep.core.step import init_state, make_train_step
@@ -38,6 +39,7 @@ def train(
     remat: Remat = "none",
     profile: str = "",
 ) -> None:
+    keep_freed_memory()  # as bin/train does
     tree = decoder.params(cfg)
     cpu = torch.device("cpu")
     source = hf.InMemory({name: torch.from_numpy(value) for name, value in initial.items()})

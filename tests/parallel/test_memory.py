@@ -19,7 +19,14 @@ from omnistep.parallel.remat import Remat
 from omnistep.parallel.traffic import Traffic
 from tests.benchmarks import deepseek_2048, mesh_1024
 from tests.benchmarks.deepseek_2048 import deepseek_v3
-from tests.benchmarks.mesh_memory import MODEL, measured, peak_bytes, setting, state_bytes
+from tests.benchmarks.mesh_memory import (
+    MODEL,
+    measured,
+    own_products,
+    peak_bytes,
+    setting,
+    state_bytes,
+)
 from tests.parallel.counting import Held, pretended
 from tests.parallel.paper import Setting, minimum
 
@@ -31,7 +38,8 @@ not all of an MLP's are whole at once."""
 
 @functools.cache
 def found(ranks, mode, strategy: Strategy = "zero3", compute=torch.float32) -> Held:
-    return pretended(attrs.evolve(setting(ranks, mode, compute), strategy=strategy))[0]
+    with own_products():
+        return pretended(attrs.evolve(setting(ranks, mode, compute), strategy=strategy))[0]
 
 
 @pytest.mark.parametrize("mode", MODES)
