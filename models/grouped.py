@@ -121,26 +121,32 @@ def _one_kernel(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and not any(n % 8 for n in (x.shape[1], *weight.shape[-2:]))
 
 
-def _cut(rows: slice, *, cut: bool) -> tuple[slice, slice]:
-    """The rows for `wide_product`, in one of a short list of numbers since each shape is made a
-    kernel for and experts have other numbers of rows at every step; and the few left over."""
-    count = (rows.stop - rows.start) * cut
-    step = 1 if count < 128 else 1 << count.bit_length() - 5  # 16 to 32 numbers up to the double
-    middle = rows.start + count // step * step
-    return slice(rows.start, middle), slice(middle, rows.stop)
+def _step(count: int) -> int:
+    """Numbers of rows are rounded to multiples of this for `wide_product`, since a kernel is made
+    for each shape, and experts have other numbers of rows at every step."""
+    return 1 if count < 128 else 1 << count.bit_length() - 5  # 16 to 32 numbers up to the double
+
+
+def _product_of_rows(x: Tensor, rows: slice, one: Tensor) -> Tensor:
+    """x[rows] @ one.T, of some more rows than these as far as there are any."""
+    count = rows.stop - rows.start
+    rounded = -(-count // _step(count)) * _step(count)
+    if rounded > x.shape[0]:
+        return x[rows] @ one.T
+    begin = min(rows.start, x.shape[0] - rounded)
+    return wide_product(x[begin : begin + rounded], one).narrow(0, rows.start - begin, count)
 
 
 def linear_loop(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """`grouped_linear`; the gradient of x is the same operator with the weights transposed."""
     x = x.contiguous()
-    out, cut = x.new_empty(x.shape[0], weight.shape[1]), goes_wide(x)
+    out, wide = x.new_empty(x.shape[0], weight.shape[1]), goes_wide(x)
     slices = _slices(ends, x.shape[0])
     for rows, one in zip(slices, weight.unbind(), strict=True):
-        most, rest = _cut(rows, cut=cut)
-        if most.stop > most.start:
-            out[most] = wide_product(x[most], one)
-        if rest.stop > rest.start:
-            torch.mm(x[rest], one.T, out=out[rest])
+        if not wide:
+            torch.mm(x[rows], one.T, out=out[rows])
+        elif rows.stop > rows.start:
+            out[rows] = _product_of_rows(x, rows, one)
     out[slices[-1].stop :].zero_()
     return out
 
@@ -148,15 +154,16 @@ def linear_loop(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def outer_loop(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """The gradient of the weights, y.T @ x over the rows of each expert: [experts, out, in]."""
     x, y = x.contiguous(), y.contiguous()
-    out, cut = x.new_empty(ends.shape[0], y.shape[1], x.shape[1]), goes_wide(x)
+    out, wide = x.new_empty(ends.shape[0], y.shape[1], x.shape[1]), goes_wide(x)
     for rows, one in zip(_slices(ends, x.shape[0]), out.unbind(), strict=True):
-        most, rest = _cut(rows, cut=cut)
-        if most.stop == most.start:
-            torch.mm(y[rest].T, x[rest], out=one)  # zeros where there are no rows
+        count = rows.stop - rows.start
+        if not wide or not count:
+            torch.mm(y[rows].T, x[rows], out=one)  # zeros where there are no rows
             continue
-        one.copy_(wide_product(y[most].T, x[most].T))
-        if rest.stop > rest.start:
-            one.addmm_(y[rest].T, x[rest])
+        middle = rows.start + count // _step(count) * _step(count)
+        one.copy_(wide_product(y[rows.start : middle].T, x[rows.start : middle].T))
+        if middle < rows.stop:
+            one.addmm_(y[middle : rows.stop].T, x[middle : rows.stop])
     return out
 
 
