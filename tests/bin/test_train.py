@@ -199,4 +199,4 @@ def test_profiling_writes_a_trace_of_the_chosen_steps(files, tmp_path):
     assert "2-2" in trace.name
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     names = {event.get("name") for event in events}
-    assert "aten::mm" in names
+    assert {"aten::mm", "omnistep::linear"} & set(names)
