@@ -15,7 +15,7 @@ from torch import Tensor
 from omnistep.core import rng
 from omnistep.core.tree import Tree, map_with_name, tree_leaves, tree_map
 from omnistep.parallel.layout import Place, Strategy, extent, place, to_global
-from omnistep.parallel.mesh import Group, Mesh
+from omnistep.parallel.mesh import ALONE, Mesh
 
 Init = Callable[[Tensor, tuple[int, ...], torch.dtype, rng.Block], Tensor]
 """(key, shape, dtype, block) -> the values of a block of a tensor of this shape, on the key's
@@ -100,7 +100,7 @@ def make_layout(
 
     def where(name: str, p: Param) -> Place:
         at = place(name, p.shape, p.axes, mesh, strategy)
-        return at if p.learned else evolve(at, reduce=Group())
+        return at if p.learned else evolve(at, reduce=ALONE)
 
     places = map_with_name(where, params, is_leaf=is_param)
     return Layout(mesh, places, strategy, dtype, bucket)

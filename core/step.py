@@ -149,7 +149,10 @@ def make_train_step(
             if new is local:
                 return old
             new = torch.where(finite, new, local)
-            return _put_into(old, new) if donate else _like(new, old)
+            if not donate:
+                return _like(new, old)
+            local.copy_(new)
+            return old
 
         local = tree_map(to_local, params)
         new, metrics = after(local, sums)
@@ -241,11 +244,6 @@ def _sum_over_ranks(
     parts = all_reduce(every, mesh.world).split([leaf.numel() for leaf in leaves])
     sums = [part.view(x.shape).to(x.dtype) for part, x in zip(parts, leaves, strict=True)]
     return tree_unflatten(sums, structure)
-
-
-def _put_into(old: Tensor, new: Tensor) -> Tensor:
-    to_local(old).copy_(new)
-    return old
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -161,41 +161,28 @@ def project(
     return q, k, F.pad(v, (0, k.shape[-1] - v.shape[-1]))
 
 
-def dense_block(
-    x: Float[Tensor, "rows seq embed"],
-    w: Mapping[str, Tensor],
-    cos: Tensor,
-    sin: Tensor,
-    starts: Int[Tensor, "rows row"],
-    cfg: Config,
-    window: int | None,
-    ranks: Ranks,
+def add_mlp(
+    x: Float[Tensor, "rows seq embed"], w: Mapping[str, Tensor], cfg: Config, ranks: Ranks
 ) -> Float[Tensor, "rows seq embed"]:
-    """One layer with an MLP; for its arguments see `attend`."""
-    x = attend(x, w, cos, sin, starts, cfg, window, ranks)
+    """x and its MLP."""
     return x + mlp(rms_norm(x, w["mlp_norm"], cfg.norm_eps), w, ranks.tp)
 
 
-def expert_block(
+def add_experts(
     x: Float[Tensor, "rows seq embed"],
     w: Mapping[str, Tensor],
-    cos: Tensor,
-    sin: Tensor,
-    starts: Int[Tensor, "rows row"],
     real: Bool[Tensor, "rows seq"],
     bias: Float[Tensor, " experts"] | None,
     cfg: Config,
-    window: int | None,
     ranks: Ranks,
     dispatch: Dispatch | None = None,
 ) -> tuple[Float[Tensor, "rows seq embed"], Load]:
-    """One layer with experts; for its other arguments see `attend`.
+    """x and what its experts make of it.
 
     real: False for padding, which is routed, but not counted.
     bias: of the layer's router, where it has one (Experts.bias).
     dispatch: None is the rule of parallel/experts.py.
     """
-    x = attend(x, w, cos, sin, starts, cfg, window, ranks)
     y, load = mixture(rms_norm(x, w["mlp_norm"], cfg.norm_eps), w, real, bias, cfg, ranks, dispatch)
     return x + y, load
 

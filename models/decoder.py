@@ -23,9 +23,9 @@ from omnistep.core.tree import Tree
 from omnistep.models import attention, linear, moe
 from omnistep.models.attention_cpu import start_compiling
 from omnistep.models.balance import make_balance
-from omnistep.models.block import check_mesh, dense_block, expert_block, ranks_of
+from omnistep.models.block import add_experts, add_mlp, attend, check_mesh, ranks_of
 from omnistep.models.config import Config
-from omnistep.models.layers import rms_norm, rope_angles, rope_frequencies
+from omnistep.models.layers import at_least_fp32, rms_norm, rope_angles, rope_frequencies
 from omnistep.models.loss import make_linear_cross_entropy
 from omnistep.models.moe import Dispatch
 from omnistep.models.params import params
@@ -48,23 +48,27 @@ def make_layer(
     dispatch: Dispatch | None = None,
     compile: bool,
 ) -> Callable[..., Any]:
-    """`dense_block`, or for layers with experts `expert_block`, with its weights gathered, under a
-    memory policy: (x, weights, cos, sin, starts, ...) -> what the block returns. `stack` is where
-    the weights lie in the tree.
+    """Attention and an MLP, or for layers with experts these, with the weights gathered, under a
+    memory policy: (x, weights, cos, sin, starts) -> x, or (x, weights, cos, sin, starts, real,
+    bias) -> (x, Load); see models/block.py. `stack` is where the weights lie in the tree.
 
     It is compiled by itself and called for each layer, so that any number of layers compiles once.
     (A torch.compiler.nested_compile_region in a graph of all layers would do the same, but in
     torch 2.13 the gradients of a region that is called twice are wrong.)
     """
     with_experts = cfg.experts is not None and stack == "layers"
-    block = partial(expert_block, dispatch=dispatch) if with_experts else dense_block
+    feed = partial(add_experts, dispatch=dispatch) if with_experts else add_mlp
     ranks = ranks_of(layout.mesh)
     places = {name: at.unstacked() for name, at in layout.places[stack].items()}
     use = partial(unshard, places=places, dtype=layout.dtype, bucket=layout.bucket)
     again = layout.strategy == "zero3"
 
-    def run(x: Tensor, w: Mapping[str, Tensor], *rest: Any) -> Any:
-        return block(x, use(w) if again else w, *rest, cfg=cfg, window=window, ranks=ranks)
+    def run(
+        x: Tensor, w: Mapping[str, Tensor], cos: Tensor, sin: Tensor, starts: Tensor, *rest: Any
+    ) -> Any:
+        w = use(w) if again else w
+        x = attend(x, w, cos, sin, starts, cfg, window, ranks)
+        return feed(x, w, *rest, cfg=cfg, ranks=ranks)
 
     groups = {at.gather.name for at in places.values() if at.inside}
     kept = remat(run, mode, SAVED_OPS, frozenset(groups if again else ()))
@@ -142,16 +146,13 @@ def make_stages(
     inner = mesh.group("ulysses", "tp")
     windows = cfg.windows or (None,) * cfg.layers
     balance = make_balance(cfg, mesh)
-    here = [
-        ("dense_layers" if i in cfg.dense_layers else "layers", windows[i])
-        for i in layers_of_stage(cfg, mesh)
-    ]
+    numbers = layers_of_stage(cfg, mesh)
+    here = [("dense_layers" if i in cfg.dense_layers else "layers", windows[i]) for i in numbers]
     layers = {
         kind: make_layer(cfg, *kind, layout, mode, dispatch=dispatch, compile=compile)
         for kind in sorted(set(here), key=str)
     }
-    begin = layers_of_stage(cfg, mesh).start
-    passed = {"layers": 0, "dense_layers": sum(i < begin for i in cfg.dense_layers)}
+    passed = {"layers": 0, "dense_layers": sum(i < numbers.start for i in cfg.dense_layers)}
     """Of each stack as this stage holds it, what earlier stages run."""
     outer = {name: at for name, at in layout.places.items() if not isinstance(at, dict)}
     cross_entropy = make_linear_cross_entropy(ranks.tp, compile=compile)
@@ -213,8 +214,7 @@ def make_stages(
         x = torch.empty((rows, seq, cfg.embed), dtype=dtype, device="meta")
         return x if balance is None else balance.begin(x)
 
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    zero = torch.zeros((), dtype=wide, device=mesh.device)
+    zero = at_least_fp32(torch.zeros((), dtype=dtype, device=mesh.device))
     if balance is None:
         return Stages(first, middle, last, carry, LossOutput(zero, zero))
     return Stages(first, middle, last, carry, balance.zero(zero), balance.after)

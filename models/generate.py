@@ -15,12 +15,12 @@ from omnistep.core import rng
 from omnistep.core.compile import compile_graph
 from omnistep.core.tree import Tree, tree_map
 from omnistep.models.attention import attention, decode_attention
-from omnistep.models.block import Ranks, attention_output, mixture, mlp, project
+from omnistep.models.block import Ranks, add_experts, add_mlp, attention_output, project
 from omnistep.models.config import Config
 from omnistep.models.decoder import output_name, rope, unstack
 from omnistep.models.layers import at_least_fp32, rms_norm
 
-ALONE = Ranks()
+ONE_RANK = Ranks()
 CACHE_STEP = 256
 """Cache lengths are multiples of this: a conversation that grows compiles rarely."""
 PROMPT_STEP = 32
@@ -66,11 +66,10 @@ def choose(
 
 def _feed_forward(x: Tensor, w: Mapping[str, Tensor], cfg: Config) -> Tensor:
     """x and what its MLP or its experts make of it."""
-    h = rms_norm(x, w["mlp_norm"], cfg.norm_eps)
     if "router" not in w:
-        return x + mlp(h, w)
-    real = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
-    return x + mixture(h, w, real, w.get("router_bias"), cfg, ALONE)[0]
+        return add_mlp(x, w, cfg, ONE_RANK)
+    real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    return add_experts(x, w, real, w.get("router_bias"), cfg, ONE_RANK)[0]
 
 
 def _prefill_layer(
@@ -82,7 +81,7 @@ def _prefill_layer(
     cfg: Config,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = project(rms_norm(x, w["attn_norm"], cfg.norm_eps), w, cos, sin, cfg, ALONE)
+    q, k, v = project(rms_norm(x, w["attn_norm"], cfg.norm_eps), w, cos, sin, cfg, ONE_RANK)
     scale, sinks = cfg.attention_scale, w.get("sinks")
     a = attention(q, k, v, starts, scale=scale, window=window, sinks=sinks)
     x = x + attention_output(a[..., : w["o"].shape[-1]], w)
@@ -94,7 +93,7 @@ def make_decode_layer(cfg: Config, window: int | None) -> Callable[..., Tensor]:
     the token's key and value into the caches at index `at`."""
 
     def decode_layer(x, w, cos, sin, k_cache, v_cache, first, at):
-        q, k, v = project(rms_norm(x, w["attn_norm"], cfg.norm_eps), w, cos, sin, cfg, ALONE)
+        q, k, v = project(rms_norm(x, w["attn_norm"], cfg.norm_eps), w, cos, sin, cfg, ONE_RANK)
         k_cache.index_copy_(1, at.view(1), k)
         v_cache.index_copy_(1, at.view(1), v)
         scale, sinks = cfg.attention_scale, w.get("sinks")

@@ -31,9 +31,7 @@ from omnistep.parallel.experts import (
     spread,
     window,
 )
-from omnistep.parallel.mesh import Group
-
-ALONE = Group()
+from omnistep.parallel.mesh import ALONE, Group
 
 
 class Routing(NamedTuple):
