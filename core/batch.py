@@ -8,10 +8,35 @@ Where the samples begin travels in one of two ways, which give the same numbers:
 
 import torch
 from attrs import frozen
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from omnistep.core.tree import pytree
+
+
+@pytree
+@frozen(eq=False)
+class Patches:
+    """The images and videos of a batch's rows, cut into patches: as many a row as the budget says
+    (data.max_patches), whatever their sizes, so that one compiled step serves every mix.
+
+    The patches of a frame stand together, and of a frame those of a window, and of these the
+    `unit` of them that become one token. What fills the budget up has pixels 0, the grid 1 x 1, is
+    a frame and a window of its own, and becomes no token.
+    """
+
+    pixels: UInt8[Tensor, "rows patches values"]
+    """channels x frames x height x width, 0 to 255."""
+    places: Int[Tensor, "rows patches 4"]
+    """int32: row, column, and how many rows and columns its frame has, in patches. A class token is
+    at -1, -1."""
+    frames: Int[Tensor, "rows patches 2"]
+    """int32: which patches of the row are of the same frame: the first, and the one after the
+    last."""
+    windows: Int[Tensor, "rows patches 2"] | None
+    """The same of the same window; None where the tower has no windows."""
+    units: Int[Tensor, "rows seq"]
+    """int32: for each token of the row, which unit of patches it stands for; -1 for text."""
 
 
 @pytree
@@ -30,6 +55,11 @@ class Batch:
     """Index of each token in its sample; padding counts as samples of length 1 (position 0)."""
     cu_seqlens: Int[Tensor, "rows samples+1"] | None = None
     """int32 starts of the row's samples, the first 0, filled up with `seq` at the end."""
+    rope: Int[Tensor, "rows seq 3"] | None = None
+    """int32: each token's positions in time, height and width, for models that have three
+    (Config.rope_axes); of padding 0."""
+    patches: Patches | None = None
+    """For models with a tower, also where no sample has an image: shapes stay the same."""
 
 
 def segment_starts(batch: Batch) -> Int[Tensor, "rows seq"]:

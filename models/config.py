@@ -79,8 +79,84 @@ class Experts:
 
 
 @frozen
+class Tower:
+    """What turns the patches of images and videos into vectors that stand among a language model's
+    token embeddings: a transformer without causality, and a projector of two layers with a GELU
+    between, which joins `merge` x `merge` neighbouring patches.
+
+    A patch is `frames` x `patch` x `patch` pixels of `channels` values.
+    """
+
+    layers: int
+    embed: int
+    heads: int
+    mlp: int
+    patch: int
+    frames: int = 1
+    channels: int = 3
+    merge: int = 1
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    """A pixel's values, 0 to 1, are taken less this and divided by `std`."""
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    norm: Literal["layer", "rms"] = "layer"
+    norm_eps: float = 1e-6
+    activation: Literal["quick_gelu", "gelu", "gelu_tanh", "silu"] = "gelu_tanh"
+    gated: bool = False
+    """The MLP is a gated one (SwiGLU with silu)."""
+    patch_bias: bool = True
+    rotary: bool = False
+    """Queries and keys are rotated by row and column: half of the angles each."""
+    rope_theta: float = 10000.0
+    side: int = 0
+    """A learned vector for each place of a square grid of `side` x `side`, between which is
+    interpolated where a frame's grid is another one; 0: there are none."""
+    class_token: bool = False
+    """Each frame begins with a token that is no patch (CLIP). It is learned, and not handed on."""
+    pre_norm: bool = False
+    """A norm before the first layer."""
+    post_norm: bool = False
+    """A norm after the last layer."""
+    window: int | None = None
+    """A patch attends to those in its window: of this many merged patches a side; None: to its
+    whole frame."""
+    full_layers: tuple[int, ...] = ()
+    """With windows, the layers in which it attends to its whole frame nevertheless."""
+    deepstack: tuple[int, ...] = ()
+    """Layers whose output, through a projector of its own each, is added after the first layers of
+    the language model (arXiv 2406.04334)."""
+    init_std: float = 0.02
+    projector_norm: Literal["layer", "rms"] | None = "layer"
+    """Before patches are joined; None: no norm. That of `deepstack` comes after they are joined."""
+    projector: int | None = None
+    """Width between the projector's two layers; None: embed * merge * merge."""
+    projector_bias: bool = True
+
+    def __attrs_post_init__(self) -> None:
+        if self.embed % self.heads:
+            raise ValueError(f"a tower of width {self.embed} can't have {self.heads} heads")
+        if self.rotary and self.embed // self.heads % 4:
+            raise ValueError(
+                f"rotation by row and column needs heads of a multiple of 4 elements, not "
+                f"{self.embed // self.heads}"
+            )
+        wrong = [i for i in (*self.full_layers, *self.deepstack) if not 0 <= i < self.layers]
+        if wrong:
+            raise ValueError(f"a tower of {self.layers} layers has no layer {wrong[0]}")
+
+    @property
+    def values(self) -> int:
+        """Of a patch: channels x frames x patch x patch, in this order."""
+        return self.channels * self.frames * self.patch**2
+
+    @property
+    def unit(self) -> int:
+        """How many patches become one token."""
+        return self.merge**2
+
+
+@frozen
 class Config:
-    """Sizes and variants of a decoder."""
+    """Sizes and variants of a decoder, and of the tower in front of it, where there is one."""
 
     vocab: int
     embed: int
@@ -104,6 +180,10 @@ class Config:
     init_std: float = 0.02
     latent: Latent | None = None
     experts: Experts | None = None
+    tower: Tower | None = None
+    rope_axes: tuple[int, ...] = ()
+    """A token has three positions, in time, height and width (M-RoPE, arXiv 2409.12191); for each
+    frequency, of rope_dim / 2, which of them it turns by. Empty: a token has one position."""
 
     def __attrs_post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -121,6 +201,11 @@ class Config:
         if self.latent and self.latent.value > self.head_dim:
             raise ValueError(
                 f"values of {self.latent.value} can't be wider than keys of {self.head_dim}"
+            )
+        if self.rope_axes and len(self.rope_axes) != self.rope_dim // 2:
+            raise ValueError(
+                f"{len(self.rope_axes)} frequencies have an axis (mrope_section), but there are "
+                f"{self.rope_dim // 2}"
             )
         wrong = [i for i in self.dense_layers if not 0 <= i < self.layers]
         if wrong or len(self.dense_layers) == self.layers:

@@ -4,7 +4,7 @@ from attrs import frozen
 
 from omnistep.core.param import Param, constant, normal
 from omnistep.core.tree import Tree
-from omnistep.models.config import Config, Experts, Latent
+from omnistep.models.config import Config, Experts, Latent, Tower
 
 
 @frozen
@@ -22,11 +22,26 @@ class _Stack:
         return Param((self.count, *shape), (self.axis, *axes), constant(value), decay=False)
 
 
+@frozen
+class _One:
+    """Makes weights that are not stacked."""
+
+    std: float
+
+    def matrix(self, shape: tuple[int, ...], *axes: str) -> Param:
+        return Param(shape, axes, normal(self.std))
+
+    def vector(self, shape: tuple[int, ...], *axes: str, value: float = 0.0) -> Param:
+        return Param(shape, axes, constant(value), decay=False)
+
+
 def params(cfg: Config) -> Tree:
     """The tree of Params: embed, layers.<weight> [layers, ...], final_norm, lm_head if untied.
 
     With experts, `layers` are those that have some; those without are dense_layers.<weight>
     [dense layers, ...]. router_bias [layers, experts], where there is one, gets no gradient.
+    With a tower in front: encoder.<weight>, encoder.layers.<weight> [layers, ...],
+    projector.<weight>, and with deepstack projector.deepstack.<weight> [such layers, ...].
     """
     tree = {
         "embed": Param((cfg.vocab, cfg.embed), ("vocab", "embed"), normal(cfg.init_std)),
@@ -41,6 +56,9 @@ def params(cfg: Config) -> Tree:
             shape, ("layers", "choices"), constant(0.0), decay=False, exact=True, learned=False
         )
         tree["router_bias"] = bias
+    if cfg.tower:
+        tree["encoder"] = _encoder(cfg.tower)
+        tree["projector"] = _projector(cfg.tower, cfg.embed)
     if not cfg.tied:
         tree["lm_head"] = Param((cfg.vocab, cfg.embed), ("vocab", "embed"), normal(cfg.init_std))
     return tree
@@ -137,3 +155,71 @@ def _experts(cfg: Config, experts: Experts, stack: _Stack) -> dict[str, Param]:
         if experts.shared_gated:
             layers["shared_router"] = stack.matrix((1, D), "one", "embed")
     return layers
+
+
+def _encoder(tower: Tower) -> Tree:
+    """Its axes have names of their own: a tower is not cut by the axes of the mesh that cut the
+    language model."""
+    D, V, one = tower.embed, tower.values, _One(tower.init_std)
+    tree: dict[str, Tree] = {"patch": one.matrix((D, V), "vision", "values")}
+    if tower.patch_bias:
+        tree["patch_bias"] = one.vector((D,), "vision")
+    if tower.class_token:
+        tree["class_token"] = Param((D,), ("vision",), normal(tower.init_std), decay=False)
+    if tower.side:
+        places = tower.side**2 + tower.class_token
+        tree["places"] = one.matrix((places, D), "places", "vision")
+    for name in ["pre_norm"] * tower.pre_norm + ["post_norm"] * tower.post_norm:
+        tree |= _norm(tower.norm, one, name, D, "vision")
+    tree["layers"] = _tower_layers(tower)
+    return tree
+
+
+def _tower_layers(tower: Tower) -> dict[str, Param]:
+    D, M, stack = tower.embed, tower.mlp, _Stack("vision_layers", tower.layers, tower.init_std)
+    layers = {
+        **_norm(tower.norm, stack, "attn_norm", D, "vision"),
+        "qkv": stack.matrix((3, D, D), "qkv", "vision_heads", "vision"),
+        "qkv_bias": stack.vector((3, D), "qkv", "vision_heads"),
+        "o": stack.matrix((D, D), "vision", "vision_heads"),
+        "o_bias": stack.vector((D,), "vision"),
+        **_norm(tower.norm, stack, "mlp_norm", D, "vision"),
+        "up": stack.matrix((M, D), "vision_mlp", "vision"),
+        "up_bias": stack.vector((M,), "vision_mlp"),
+        "down": stack.matrix((D, M), "vision", "vision_mlp"),
+        "down_bias": stack.vector((D,), "vision"),
+    }
+    if tower.gated:
+        layers["gate"] = stack.matrix((M, D), "vision_mlp", "vision")
+        layers["gate_bias"] = stack.vector((M,), "vision_mlp")
+    return layers
+
+
+def _projector(tower: Tower, embed: int) -> Tree:
+    one = _One(tower.init_std)
+    tree = _joiner(tower, one, embed, tower.embed)
+    if tower.deepstack:
+        stack = _Stack("deepstack", len(tower.deepstack), tower.init_std)
+        tree["deepstack"] = _joiner(tower, stack, embed, tower.embed * tower.unit)
+    return tree
+
+
+def _joiner(tower: Tower, stack: "_Stack | _One", embed: int, normed: int) -> dict[str, Tree]:
+    """Two layers from a unit of patches to the language model's width; `normed`: the norm's."""
+    joined = tower.embed * tower.unit
+    hidden = tower.projector or joined
+    tree = {
+        "up": stack.matrix((hidden, joined), "projector", "joined"),
+        "down": stack.matrix((embed, hidden), "embed", "projector"),
+    }
+    if tower.projector_norm:
+        tree |= _norm(tower.projector_norm, stack, "norm", normed, "joined")
+    if tower.projector_bias:
+        tree["up_bias"] = stack.vector((hidden,), "projector")
+        tree["down_bias"] = stack.vector((embed,), "embed")
+    return dict(tree)
+
+
+def _norm(kind: str, stack: "_Stack | _One", name: str, size: int, axis: str) -> dict[str, Param]:
+    norm = {name: stack.vector((size,), axis, value=1.0)}
+    return norm | ({f"{name}_bias": stack.vector((size,), axis)} if kind == "layer" else {})

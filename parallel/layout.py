@@ -37,9 +37,10 @@ COMPUTE = {
     "experts": "ep",
 }
 """Name of a parameter's axis -> the axis of the mesh that cuts it while it is used."""
-STACKS = ("layers", "dense_layers")
-"""Axes along which the weights of layers are stacked. The few dense layers of a model with experts
-are not shared by the stages of a pipeline: each stage has them all and uses what it runs."""
+STACKS = ("layers", "dense_layers", "vision_layers", "deepstack")
+"""Axes along which the weights of layers are stacked. The few dense layers of a model with experts,
+and a tower's, are not shared by the stages of a pipeline: each stage has them all and uses what it
+runs."""
 
 
 @frozen
@@ -117,11 +118,12 @@ def _rest_dimension(
 ) -> int | None:
     """The first dimension that is whole in use and divides. A vector stays whole: it would save
     little memory and cost messages in every layer instead of one a step."""
-    many = [axis for axis in axes if axis not in (*STACKS, "experts", "head_dim", "one")]
+    many = [axis for axis in axes if axis not in (*STACKS, "experts", "head_dim", "one", "qkv")]
     is_vector = len(many) <= 1
     if gather.size == 1 or is_vector:
         return None
-    free = [i for i, axis in enumerate(axes) if axis not in STACKS and compute[i] is None]
+    whole = (*STACKS, "qkv")
+    free = [i for i, axis in enumerate(axes) if axis not in whole and compute[i] is None]
     free.sort(key=lambda i: axes[i] == "head_dim")  # last: files hold heads x head_dim as one
     for i in free:
         if shape[i] % gather.size == 0:
