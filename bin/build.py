@@ -162,7 +162,11 @@ def read_weights(
 
 def make_optimizer(args: TrainArguments, model: Model) -> optim.Optimizer:
     build = optim.adamw if args.optimizer == "adamw" else optim.anyprecision_adamw
-    return build(weight_decay=args.weight_decay, decay_mask=param.decay_mask(model.tree))
+    return build(
+        weight_decay=args.weight_decay,
+        decay_mask=param.decay_mask(model.tree),
+        learned=param.learned_mask(model.tree),
+    )
 
 
 def make_lr(args: TrainArguments, total_steps: int) -> Schedule:

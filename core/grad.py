@@ -8,7 +8,15 @@ from attrs import frozen
 from jaxtyping import Float
 from torch import Tensor
 
-from omnistep.core.tree import Tree, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from omnistep.core.tree import (
+    Tree,
+    pick,
+    put_back,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
 from omnistep.parallel.mesh import Mesh
 from omnistep.parallel.pipeline import Link, one_forward_one_backward
 
@@ -66,21 +74,22 @@ class Stages:
 
 Gradients = Callable[[Tree, Sequence[Any], Sequence[Tensor]], tuple[LossOutput, Tree]]
 """(params, micro-batches, a key for each) -> (LossOutput, gradients of its objective), summed over
-them"""
+them. `learned`, here and in what makes these: a tree of bools like the params, for which of them
+gradients are wanted and returned (core.tree.pick); None: for all."""
 
 
-def value_and_grad(loss_fn: LossFn) -> Gradients:
+def value_and_grad(loss_fn: LossFn, learned: Tree | None = None) -> Gradients:
     """One micro-batch after another."""
 
-    def one(leaves: list[Tensor], structure: Any, *rest: Any) -> tuple[LossOutput, list]:
-        out = loss_fn(tree_unflatten(leaves, structure), *rest)
+    def one(tree: Tree, leaves: list[Tensor], *rest: Any) -> tuple[LossOutput, list]:
+        out = loss_fn(tree, *rest)
         return _detach(out), _grads([out.objective], leaves)
 
     def function(params: Tree, micros: Sequence[Any], keys: Sequence[Tensor]):
-        leaves, structure = _differentiable(params)
+        tree, leaves, structure = _differentiable(params, learned)
         sums = None, None
         for micro, key in zip(micros, keys, strict=True):
-            out, grads = one(leaves, structure, micro, key)
+            out, grads = one(tree, leaves, micro, key)
             sums = _add(sums, (out, _exact(grads, len(micros))))
         out, grads = sums
         assert out is not None
@@ -90,7 +99,7 @@ def value_and_grad(loss_fn: LossFn) -> Gradients:
     return function
 
 
-def pipelined_value_and_grad(loss: Stages, mesh: Mesh) -> Gradients:
+def pipelined_value_and_grad(loss: Stages, mesh: Mesh, learned: Tree | None = None) -> Gradients:
     """This rank's stage of a pipeline, one forward and one backward in turn (1F1B): a stage holds
     the activations of at most as many micro-batches as there are stages after it, and its own.
 
@@ -101,8 +110,8 @@ def pipelined_value_and_grad(loss: Stages, mesh: Mesh) -> Gradients:
     stage, last = link.group.index, link.group.size - 1
 
     def function(params: Tree, micros: Sequence[Any], keys: Sequence[Tensor]):
-        leaves, structure = _differentiable(params)
-        tree, device = tree_unflatten(leaves, structure), leaves[0].device
+        tree, leaves, structure = _differentiable(params, learned)
+        device = leaves[0].device
         sums: tuple[Any, Any] = (loss.zero, None)
         held: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         for action, i in one_forward_one_backward(last + 1, len(micros), stage):
@@ -153,9 +162,13 @@ def _floating(tree: Tree) -> list[Tensor]:
     return [x for x in tree_leaves(tree) if x.is_floating_point()]
 
 
-def _differentiable(params: Tree) -> tuple[list[Tensor], Any]:
-    leaves, structure = tree_flatten(params)
-    return [leaf.detach().requires_grad_() for leaf in leaves], structure
+def _differentiable(params: Tree, learned: Tree | None) -> tuple[Tree, list[Tensor], Any]:
+    """The params, the leaves of which gradients are wanted, and the structure of these alone."""
+    moved = params if learned is None else pick(params, learned)
+    leaves, structure = tree_flatten(moved)
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    moved = tree_unflatten(leaves, structure)
+    return moved if learned is None else put_back(moved, params), leaves, structure
 
 
 def _grads(ends: list[Tensor], leaves: list[Tensor], grads: list[Tensor] | None = None) -> list:

@@ -17,7 +17,15 @@ from attrs import frozen
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from omnistep.core.tree import Tree, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from omnistep.core.tree import (
+    Tree,
+    pick,
+    put_back,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
 
 OptState = dict[str, Any]
 Scalars = tuple[Tensor, ...]
@@ -32,19 +40,30 @@ class Optimizer:
     scalars: (count, lr, dtype, decays) -> 0-d tensors of `dtype` that are the same for all elements
         of a leaf; `decays` says whether weight decay applies to it.
     decay_mask: a tree of bools like `params`: which leaves decay (None: all).
+    learned: a tree of bools like `params`, nested dicts: which leaves are moved (None: all). Others
+        get no gradient and have no place in the optimizer's state.
+    lr_scale: a tree of numbers like `params`: what the learning rate of each leaf is multiplied by
+        (None: 1).
     """
 
     buffers: tuple[str, ...]
     rule: Callable[..., tuple[Tensor, ...]]
     scalars: Callable[[Tensor, Tensor, torch.dtype, bool], Scalars]
     decay_mask: Tree | None = None
+    learned: Tree | None = None
+    lr_scale: Tree | None = None
+
+    def picked(self, tree: Tree) -> Tree:
+        """Of a tree like `params`, the part that is learned."""
+        return tree if self.learned is None else pick(tree, self.learned)
 
     def init(self, params: Tree) -> OptState:
         device = tree_leaves(params)[0].device
         count = torch.zeros((), dtype=torch.int64, device=device)
+        moved = self.picked(params)
         return {
             "count": count,
-            **{name: tree_map(torch.zeros_like, params) for name in self.buffers},
+            **{name: tree_map(torch.zeros_like, moved) for name in self.buffers},
         }
 
     def update(
@@ -55,22 +74,31 @@ class Optimizer:
         lr: Float[Tensor, ""],
         rule: Callable[..., tuple[Tensor, ...]] | None = None,
     ) -> tuple[Tree, OptState]:
-        """One step. Gradients are expected to be finite and clipped. `rule` is what is called in
-        place of the optimizer's own: the same rule, compiled or with more around it."""
-        flat, structure = tree_flatten(params)
-        decays = [True] * len(flat) if self.decay_mask is None else tree_leaves(self.decay_mask)
+        """One step: (all params, the new state). `grads` are those of the leaves that are learned,
+        expected to be finite and clipped. `rule` is what is called in place of the optimizer's own:
+        the same rule, compiled or with more around it."""
+        flat, structure = tree_flatten(self.picked(params))
+        decays = self._of_leaves(self.decay_mask, True, len(flat))
+        scales = self._of_leaves(self.lr_scale, 1.0, len(flat))
         buffers = [tree_leaves(opt_state[name]) for name in self.buffers]
         count = opt_state["count"] + 1
-        kinds = [(_arithmetic_dtype(p), bool(d)) for p, d in zip(flat, decays, strict=True)]
-        scalars = {kind: self.scalars(count, lr, *kind) for kind in set(kinds)}
+        kinds = list(zip(map(_arithmetic_dtype, flat), decays, scales, strict=True))
+        scalars = {
+            (dtype, decays, scale): self.scalars(count, lr * scale, dtype, decays)
+            for dtype, decays, scale in set(kinds)
+        }
         new = [
             (rule or self.rule)(p, g, *moments, scalars[kind])
             for p, g, kind, *moments in zip(flat, tree_leaves(grads), kinds, *buffers, strict=True)
         ]
-        new_params, *new_buffers = (
+        moved, *new_buffers = (
             tree_unflatten(list(leaves), structure) for leaves in zip(*new, strict=True)
         )
-        return new_params, {"count": count, **dict(zip(self.buffers, new_buffers, strict=True))}
+        state = {"count": count, **dict(zip(self.buffers, new_buffers, strict=True))}
+        return moved if self.learned is None else put_back(moved, params), state
+
+    def _of_leaves(self, tree: Tree | None, default: Any, count: int) -> list[Any]:
+        return [default] * count if tree is None else tree_leaves(self.picked(tree))
 
 
 def adamw(
@@ -80,15 +108,22 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     decay_mask: Tree | None = None,
+    learned: Tree | None = None,
+    lr_scale: Tree | None = None,
 ) -> Optimizer:
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101), the numbers of torch.optim.AdamW.
 
     Moments have the parameters' dtype; the arithmetic is float32, float64 where the parameter
-    is. `decay_mask` is a tree of bools like `params`: which leaves decay (None: all).
+    is. `decay_mask`, `learned` and `lr_scale` are those of `Optimizer`.
     """
     constants = _Constants(b1, b2, eps, weight_decay)
     return Optimizer(
-        ("mu", "nu"), partial(_adamw_rule, constants), partial(_adam_scalars, constants), decay_mask
+        ("mu", "nu"),
+        partial(_adamw_rule, constants),
+        partial(_adam_scalars, constants),
+        decay_mask,
+        learned,
+        lr_scale,
     )
 
 
@@ -99,6 +134,8 @@ def anyprecision_adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     decay_mask: Tree | None = None,
+    learned: Tree | None = None,
+    lr_scale: Tree | None = None,
 ) -> Optimizer:
     """AdamW on low-precision parameters and moments with Kahan-compensated parameters.
 
@@ -115,6 +152,8 @@ def anyprecision_adamw(
         partial(_kahan_rule, constants),
         partial(_adam_scalars, constants),
         decay_mask,
+        learned,
+        lr_scale,
     )
 
 

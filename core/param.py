@@ -9,13 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from attrs import evolve, frozen
+from attrs import frozen
 from torch import Tensor
 
 from omnistep.core import rng
 from omnistep.core.tree import Tree, map_with_name, tree_leaves, tree_map
 from omnistep.parallel.layout import Place, Strategy, extent, place, to_global
-from omnistep.parallel.mesh import ALONE, Mesh
+from omnistep.parallel.mesh import Mesh
 
 Init = Callable[[Tensor, tuple[int, ...], torch.dtype, rng.Block], Tensor]
 """(key, shape, dtype, block) -> the values of a block of a tensor of this shape, on the key's
@@ -40,7 +40,7 @@ class Param:
     `axes` are what layouts are written in ("layers", "embed", "heads", ...). `decay` says
     whether weight decay applies: to matrices and embeddings, not to norms and biases. What is
     `exact` is kept in fp32 or better, whatever the dtype of the others. What is not `learned` has
-    no gradient, so none is summed over ranks: the loss may set it (core.grad.Stages.after).
+    no gradient and no optimizer state: it is frozen, or the loss sets it (core.grad.Stages.after).
     """
 
     shape: tuple[int, ...]
@@ -99,8 +99,7 @@ def make_layout(
     """Raises MeshError, naming the parameter, where a size does not divide."""
 
     def where(name: str, p: Param) -> Place:
-        at = place(name, p.shape, p.axes, mesh, strategy)
-        return at if p.learned else evolve(at, reduce=ALONE)
+        return place(name, p.shape, p.axes, mesh, strategy)
 
     places = map_with_name(where, params, is_leaf=is_param)
     return Layout(mesh, places, strategy, dtype, bucket)
@@ -128,6 +127,11 @@ def abstract(params: Tree, dtype: torch.dtype, layout: Layout | None = None) -> 
 def decay_mask(params: Tree) -> Tree:
     """True where weight decay applies."""
     return tree_map(lambda p: p.decay, params, is_leaf=is_param)
+
+
+def learned_mask(params: Tree) -> Tree:
+    """True where a gradient moves the weight."""
+    return tree_map(lambda p: p.learned, params, is_leaf=is_param)
 
 
 def initialize(

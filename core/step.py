@@ -127,11 +127,12 @@ def make_train_step(
     if mesh is not None and mesh.size("pp") > 1:
         if not isinstance(loss_fn, Stages):
             raise ValueError("a pipeline (pp above 1) needs a loss in Stages, not one function")
-        gradients = pipelined_value_and_grad(loss_fn, mesh)
+        gradients = pipelined_value_and_grad(loss_fn, mesh, optimizer.learned)
     elif compile and not isinstance(loss_fn, Stages):
-        gradients = value_and_grad(compile_graph(loss_fn))
+        gradients = value_and_grad(compile_graph(loss_fn), optimizer.learned)
     else:
-        gradients = value_and_grad(loss_fn)
+        gradients = value_and_grad(loss_fn, optimizer.learned)
+    places = None if layout is None else optimizer.picked(layout.places)
 
     def new_leaf(old: tuple[Tensor, ...], grad: Tensor, scalars: Any) -> tuple[Tensor, ...]:
         """The optimizer's rule on one leaf's (parameter, *buffers)."""
@@ -169,8 +170,9 @@ def make_train_step(
             used = layout.map(lambda p, at: gather_once(p, at, layout.dtype), params)
             out, grads = gradients(used, micros, keys)
             del used
-            grads = layout.map(lambda g, at, p: reduce_once(g, at).to(p.dtype), grads, params)
-            copies = layout.map(lambda g, at: at.reduce.size, grads)
+            moved = optimizer.picked(params)
+            grads = tree_map(lambda g, at, p: reduce_once(g, at).to(p.dtype), grads, places, moved)
+            copies = tree_map(lambda at: at.reduce.size, places)
             squares = sum_of_squares(grads, copies)
             out, squares = _sum_over_ranks(out, squares, layout.mesh)
         with torch.no_grad():

@@ -78,3 +78,17 @@ tree_map = torch_pytree.tree_map
 tree_leaves = torch_pytree.tree_leaves
 tree_flatten = torch_pytree.tree_flatten
 tree_unflatten = torch_pytree.tree_unflatten
+
+
+def pick(tree: Tree, wanted: Tree) -> Tree:
+    """The part of nested dicts whose leaves are True in `wanted`, without dicts that are empty."""
+    if not isinstance(wanted, dict):
+        return tree
+    return {name: pick(tree[name], want) for name, want in wanted.items() if any(tree_leaves(want))}
+
+
+def put_back(part: Tree, whole: Tree) -> Tree:
+    """`whole` with the leaves of a part of it (see `pick`) in place of its own."""
+    if not isinstance(part, dict):
+        return part
+    return {name: put_back(part[name], x) if name in part else x for name, x in whole.items()}

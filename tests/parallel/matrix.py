@@ -136,7 +136,11 @@ def my_rows(batch: Batch, mesh: Mesh, accumulate: int) -> Batch:
 
 
 def optimizer(tree: Tree) -> optim.Optimizer:
-    return optim.adamw(weight_decay=0.1, decay_mask=param.decay_mask(tree))
+    return optim.adamw(
+        weight_decay=0.1,
+        decay_mask=param.decay_mask(tree),
+        learned=param.learned_mask(tree),
+    )
 
 
 @frozen(eq=False)
