@@ -77,7 +77,15 @@ def ranks_of(mesh: Mesh) -> Ranks:
 
 
 def check_mesh(cfg: Config, mesh: Mesh) -> None:
-    """Raises MeshError where attention heads can't be shared by the ranks of tp and ulysses."""
+    """Raises MeshError where attention heads can't be shared by the ranks of tp and ulysses, or the
+    first stage of a pipeline, which runs the tower, has too few layers for its deepstack."""
+    added = len(cfg.tower.deepstack) if cfg.tower else 0
+    stacked = len(cfg.stacked_layers)
+    if (stages := mesh.size("pp")) > 1 and stacked // stages < added:
+        raise MeshError(
+            f"the tower adds to the first {added} layers, but of {stacked} layers the first of pp "
+            f"= {stages} stages has {stacked // stages}; pp may be at most {stacked // added}"
+        )
     tp, ulysses = mesh.size("tp"), mesh.size("ulysses")
     heads, kv_heads = cfg.heads // tp, max(cfg.kv_heads // tp, 1)
     if heads % ulysses or (kv_heads % ulysses and ulysses % kv_heads):

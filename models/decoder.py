@@ -29,6 +29,7 @@ from omnistep.models.layers import at_least_fp32, rms_norm, rope_angles, rope_fr
 from omnistep.models.loss import make_linear_cross_entropy
 from omnistep.models.moe import Dispatch
 from omnistep.models.params import params
+from omnistep.models.vision import make_see
 from omnistep.parallel.collectives import all_gather, reduce_scatter
 from omnistep.parallel.mesh import ALONE, Group, Mesh
 from omnistep.parallel.remat import Remat, remat
@@ -96,9 +97,23 @@ def unstack(stacked: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     return [{name: layers[i] for name, layers in per_weight.items()} for i in range(count)]
 
 
-def rope(cfg: Config, at: Int[Tensor, "rows seq"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope(
+    cfg: Config, at: Int[Tensor, "rows seq"] | Int[Tensor, "rows seq 3"], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of each token's position, or with Config.rope_axes of its three."""
     frequencies, factor = rope_frequencies(cfg.rope_dim, cfg.rope_theta, cfg.rope_scaling)
-    return rope_angles(at, frequencies, factor, dtype)
+    if not cfg.rope_axes:
+        return rope_angles(at.unsqueeze(-1), frequencies, factor, dtype)
+    axes = torch.tensor(cfg.rope_axes, device=at.device)
+    return rope_angles(at.index_select(-1, axes), frequencies, factor, dtype)
+
+
+def rope_positions(cfg: Config, batch: Batch) -> Int[Tensor, "rows seq *three"]:
+    if not cfg.rope_axes:
+        return positions(batch)
+    if batch.rope is None:
+        raise ValueError("the model's tokens have three positions, but the batch has no `rope`")
+    return batch.rope
 
 
 def output_name(weights: Mapping[str, Any]) -> str:
@@ -130,7 +145,7 @@ def make_stages(
     compile: bool = True,
 ) -> Stages:
     """Summed next-token cross entropy in nats, each target times its weight, in the stages of a
-    pipeline: the embedding, the layers, the loss. With experts, what travels along the layers is
+    pipeline: the embedding and the tower, the layers, the loss. With experts, what travels along the layers is
     models/balance.py's dict, of which "x" is the hidden state.
 
     On a mesh every rank gets the whole rows of its data rank and takes its share of the tokens
@@ -154,6 +169,8 @@ def make_stages(
     }
     passed = {"layers": 0, "dense_layers": sum(i < numbers.start for i in cfg.dense_layers)}
     """Of each stack as this stage holds it, what earlier stages run."""
+    see = make_see(cfg, layout, mode, compile=compile) if cfg.tower else None
+    with_deepstack = cfg.tower is not None and bool(cfg.tower.deepstack) and numbers.start == 0
     outer = {name: at for name, at in layout.places.items() if not isinstance(at, dict)}
     cross_entropy = make_linear_cross_entropy(ranks.tp, compile=compile)
 
@@ -168,29 +185,38 @@ def make_stages(
 
     def first(weights: Tree, batch: Batch) -> Tree:
         tokens = tokens_of(batch.tokens, ranks.ulysses)
-        x = embed(tokens, use(weights, "embed"), dtype, ranks.tp)
-        return x if balance is None else balance.begin(x)
+        x, deepstack = embed(tokens, use(weights, "embed"), dtype, ranks.tp), None
+        if see is not None:
+            x, deepstack = see(weights, x, batch)
+        x = x if balance is None else balance.begin(x)
+        return x if deepstack is None else (x, deepstack)
 
     def middle(weights: Tree, x: Tree, batch: Batch) -> Tree:
-        cos, sin = rope(cfg, tokens_of(positions(batch), ranks.ulysses), dtype)
+        deepstack = ()
+        if with_deepstack:
+            x, added = x
+            deepstack = added.unbind(2)
+        cos, sin = rope(cfg, tokens_of(rope_positions(cfg, batch), ranks.ulysses), dtype)
         starts = segment_starts(batch)
         stacks = {
             stack: iter(unstack(weights[stack])[passed[stack] :]) for stack in {s for s, _ in here}
         }
         if balance is None:
-            for stack, window in here:
+            for i, (stack, window) in enumerate(here):
                 x = layers[stack, window](x, next(stacks[stack]), cos, sin, starts)
+                x = x + deepstack[i] if i < len(deepstack) else x
             return x
         biases = weights["router_bias"].unbind(0) if "router_bias" in weights else None
         real, h, loads = ~tokens_of(padding(batch), inner), x["x"], []
-        for stack, window in here:
+        for i, (stack, window) in enumerate(here):
             layer, w = layers[stack, window], next(stacks[stack])
             if stack == "dense_layers":
                 h = layer(h, w, cos, sin, starts)
-                continue
-            bias = None if biases is None else biases[len(loads)]
-            h, load = layer(h, w, cos, sin, starts, real, bias)
-            loads.append(load)
+            else:
+                bias = None if biases is None else biases[len(loads)]
+                h, load = layer(h, w, cos, sin, starts, real, bias)
+                loads.append(load)
+            h = h + deepstack[i] if i < len(deepstack) else h
         return balance.add(x, h, loads)
 
     def last(weights: Tree, x: Tree, batch: Batch, key: Tensor) -> LossOutput:

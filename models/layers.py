@@ -100,10 +100,13 @@ def yarn_magnitude(factor: float, share: float = 1.0) -> float:
 
 
 def rope_angles(
-    positions: Int[Tensor, "rows seq"], frequencies: Tensor, factor: float, dtype: torch.dtype
+    positions: Int[Tensor, "rows seq #half"],
+    frequencies: Float[Tensor, " half"],
+    factor: float,
+    dtype: torch.dtype,
 ) -> tuple[Float[Tensor, "rows seq half"], Float[Tensor, "rows seq half"]]:
     """cos and sin of position × frequency, computed in fp32 (fp64 when `dtype` is), then cast."""
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     frequencies = frequencies.to(device=positions.device, dtype=exact)
-    angles = positions.to(exact).unsqueeze(-1) * frequencies
+    angles = positions.to(exact) * frequencies
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
