@@ -16,7 +16,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from omnistep.core.batch import Batch, padding, positions, segment_starts
-from omnistep.core.compile import compile_graph
 from omnistep.core.grad import LossOutput, Stages
 from omnistep.core.param import Layout, one_rank
 from omnistep.core.tree import Tree
@@ -29,10 +28,11 @@ from omnistep.models.layers import at_least_fp32, rms_norm, rope_angles, rope_fr
 from omnistep.models.loss import make_linear_cross_entropy
 from omnistep.models.moe import Dispatch
 from omnistep.models.params import params
+from omnistep.models.stack import unstack, unstacked, with_weights
 from omnistep.models.vision import make_see
 from omnistep.parallel.collectives import all_gather, reduce_scatter
 from omnistep.parallel.mesh import ALONE, Group, Mesh
-from omnistep.parallel.remat import Remat, remat
+from omnistep.parallel.remat import Remat
 from omnistep.parallel.sequence import share
 from omnistep.parallel.unshard import unshard
 
@@ -52,32 +52,19 @@ def make_layer(
     """Attention and an MLP, or for layers with experts these, with the weights gathered, under a
     memory policy: (x, weights, cos, sin, starts) -> x, or (x, weights, cos, sin, starts, real,
     bias) -> (x, Load); see models/block.py. `stack` is where the weights lie in the tree.
-
-    It is compiled by itself and called for each layer, so that any number of layers compiles once.
-    (A torch.compiler.nested_compile_region in a graph of all layers would do the same, but in
-    torch 2.13 the gradients of a region that is called twice are wrong.)
     """
     with_experts = cfg.experts is not None and stack == "layers"
     feed = partial(add_experts, dispatch=dispatch) if with_experts else add_mlp
     ranks = ranks_of(layout.mesh)
-    places = {name: at.unstacked() for name, at in layout.places[stack].items()}
-    use = partial(unshard, places=places, dtype=layout.dtype, bucket=layout.bucket)
-    again = layout.strategy == "zero3"
 
     def run(
         x: Tensor, w: Mapping[str, Tensor], cos: Tensor, sin: Tensor, starts: Tensor, *rest: Any
     ) -> Any:
-        w = use(w) if again else w
         x = attend(x, w, cos, sin, starts, cfg, window, ranks)
         return feed(x, w, *rest, cfg=cfg, ranks=ranks)
 
-    groups = {at.gather.name for at in places.values() if at.inside}
-    kept = remat(run, mode, SAVED_OPS, frozenset(groups if again else ()))
-
-    def layer(x: Tensor, w: Mapping[str, Tensor], *rest: Any) -> Any:
-        return kept(x, w if again else use(w), *rest)
-
-    return compile_graph(layer) if compile else layer
+    places = unstacked(layout.places[stack])
+    return with_weights(run, places, layout, mode, SAVED_OPS, compile=compile)
 
 
 def layers_of_stage(cfg: Config, mesh: Mesh) -> range:
@@ -88,13 +75,6 @@ def layers_of_stage(cfg: Config, mesh: Mesh) -> range:
     begin = 0 if stage == 0 else stacked[stage * here - 1] + 1
     end = cfg.layers if stage == stages - 1 else stacked[(stage + 1) * here - 1] + 1
     return range(begin, end)
-
-
-def unstack(stacked: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Each layer's own weights."""
-    per_weight = {name: weight.unbind(0) for name, weight in stacked.items()}
-    count = len(next(iter(per_weight.values())))
-    return [{name: layers[i] for name, layers in per_weight.items()} for i in range(count)]
 
 
 def rope(

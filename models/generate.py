@@ -17,8 +17,9 @@ from omnistep.core.tree import Tree, tree_map
 from omnistep.models.attention import attention, decode_attention
 from omnistep.models.block import Ranks, add_experts, add_mlp, attention_output, project
 from omnistep.models.config import Config
-from omnistep.models.decoder import output_name, rope, unstack
+from omnistep.models.decoder import output_name, rope
 from omnistep.models.layers import at_least_fp32, rms_norm
+from omnistep.models.stack import unstack
 
 ONE_RANK = Ranks()
 CACHE_STEP = 256
