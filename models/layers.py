@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -20,6 +21,55 @@ def rms_norm(
     y = at_least_fp32(x)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return weight * y.to(x.dtype)
+
+
+def layer_norm(
+    x: Float[Tensor, "... embed"],
+    weight: Float[Tensor, " embed"],
+    bias: Float[Tensor, " embed"],
+    eps: float,
+) -> Float[Tensor, "... embed"]:
+    """Layer norm (arXiv 1607.06450), computed in fp32 or better."""
+    y, w, b = (at_least_fp32(t) for t in (x, weight, bias))
+    return F.layer_norm(y, w.shape, w, b, eps).to(x.dtype)
+
+
+def activation(name: str, x: Tensor) -> Tensor:
+    """Raises ValueError for a name that is not known."""
+    match name:
+        case "gelu":
+            return F.gelu(x)
+        case "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+        case "quick_gelu":
+            return x * torch.sigmoid(1.702 * x)
+        case "silu":
+            return F.silu(x)
+    raise ValueError(f"activation {name!r} is not one of gelu, gelu_tanh, quick_gelu, silu")
+
+
+def interpolated(
+    table: Float[Tensor, "side*side embed"],
+    at: Int[Tensor, "... 2"],
+    size: Int[Tensor, "... 2"],
+    side: int,
+) -> Float[Tensor, "... embed"]:
+    """The vectors of a grid of `side` x `side` at other grids' places, between its own linearly in
+    both directions; corners are corners (align_corners of torch.nn.functional.interpolate).
+
+    at: row and column in a grid of `size` rows and columns.
+    """
+    exact = at_least_fp32(table)
+    source = at.to(exact.dtype) * (side - 1) / (size - 1).clamp(min=1)
+    low = source.floor()
+    part = source - low
+    low = low.to(torch.int32)
+    taps = torch.stack([low, (low + 1).clamp(max=side - 1)], -1)
+    shares = torch.stack([1 - part, part], -1)
+    index = taps[..., 0, :, None] * side + taps[..., 1, None, :]
+    share = shares[..., 0, :, None] * shares[..., 1, None, :]
+    found = F.embedding(index.flatten(-2), exact) * share.flatten(-2).unsqueeze(-1)
+    return found.sum(-2)
 
 
 def rotary(
@@ -100,11 +150,11 @@ def yarn_magnitude(factor: float, share: float = 1.0) -> float:
 
 
 def rope_angles(
-    positions: Int[Tensor, "rows seq #half"],
+    positions: Int[Tensor, "... #half"],
     frequencies: Float[Tensor, " half"],
     factor: float,
     dtype: torch.dtype,
-) -> tuple[Float[Tensor, "rows seq half"], Float[Tensor, "rows seq half"]]:
+) -> tuple[Float[Tensor, "... half"], Float[Tensor, "... half"]]:
     """cos and sin of position × frequency, computed in fp32 (fp64 when `dtype` is), then cast."""
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     frequencies = frequencies.to(device=positions.device, dtype=exact)
