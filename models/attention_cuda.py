@@ -170,15 +170,15 @@ def band_mask(starts: Int[Tensor, "rows seq"], window: int | None) -> BlockMask:
         return inside if window is None else inside & (key > query - window)
 
     return BlockMask.from_kv_blocks(
-        *_ordered(exists & ~full),
-        *_ordered(exists & full),
+        *ordered_blocks(exists & ~full),
+        *ordered_blocks(exists & full),
         BLOCK_SIZE=MASK_BLOCK,
         mask_mod=seen,
         seq_lengths=(seq, seq),
     )
 
 
-def _ordered(
+def ordered_blocks(
     blocks: Bool[Tensor, "rows queries keys"],
 ) -> tuple[Int[Tensor, "rows 1 queries"], Int[Tensor, "rows 1 queries keys"]]:
     """How many key blocks each query block has, and which, those first; as BlockMask wants it."""
