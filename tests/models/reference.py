@@ -52,16 +52,16 @@ def make_reference(
     return model.train(), cfg
 
 
-class _Fp64(TorchFunctionMode):
-    """Nothing of fp64 is cast to fp32, and nothing new is made in fp32."""
+class Fp64(TorchFunctionMode):
+    """What would be cast to fp32, or newly made in it, is in fp64."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         narrows = func is Tensor.float or (
             func in (Tensor.type, Tensor.to) and args[1:] == (torch.float32,)
         )
-        if narrows and args[0].dtype == torch.float64:
-            return args[0]
+        if narrows:
+            return args[0].to(torch.float64)
         if kwargs.get("dtype") == torch.float32:
             kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
@@ -87,7 +87,7 @@ def _compute_in_fp64(model: torch.nn.Module, cfg: Config) -> None:
     theirs = model.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with _Fp64():
+        with Fp64():
             return theirs(*args, **kwargs)
 
     model.forward = forward
