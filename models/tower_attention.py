@@ -60,7 +60,8 @@ def flex(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
 def seen_mask(seen: Int[Tensor, "2 rows queries"], keys: int) -> BlockMask:
     """The mask of `attend_within`, made from the first and last query of each block: as bounds do
     not decrease, a block of keys exists where it begins before the last query's end and ends after
-    the first query's beginning, and is full where it lies between the other two bounds."""
+    the first query's beginning, and is full where it lies between the other two bounds (and there
+    are as many queries as a block has)."""
     begin, end = seen
     queries = begin.shape[1]
     first = torch.arange(-(-queries // MASK_BLOCK), device=seen.device) * MASK_BLOCK
@@ -69,6 +70,7 @@ def seen_mask(seen: Int[Tensor, "2 rows queries"], keys: int) -> BlockMask:
     key_end = key + MASK_BLOCK
     exists = (key < end[:, last, None]) & (key_end > begin[:, first, None])
     full = (key >= begin[:, last, None]) & (key_end <= end[:, first, None])
+    full = full & (first + MASK_BLOCK <= queries)[:, None]
 
     def is_seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key >= begin[row, query]) & (key < end[row, query])
