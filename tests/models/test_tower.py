@@ -2,6 +2,7 @@
 
 import functools
 import multiprocessing
+from functools import partial
 
 import pytest
 import torch
@@ -123,7 +124,10 @@ def eager(tower, weights, images, along):
     return ours(weights, images, along, run)
 
 
-def test_compiled_once_for_every_mix_of_images():
+def test_compiled_once_for_every_mix_of_images(monkeypatch):
+    """What dynamo and autograd trace; that inductor computes it too bin/train's tests show."""
+    compile_graph = partial(torch.compile, fullgraph=True, dynamic=False, backend="aot_eager")
+    monkeypatch.setattr("omnistep.models.stack.compile_graph", compile_graph)
     dtype = torch.float64
     weights = random_weights(MIXED, dtype)
     run = make_tower(MIXED, one_rank(params(config(MIXED)), dtype), "selective")
