@@ -84,7 +84,8 @@ def pick(tree: Tree, wanted: Tree) -> Tree:
     """The part of nested dicts whose leaves are True in `wanted`, without dicts that are empty."""
     if not isinstance(wanted, dict):
         return tree
-    return {name: pick(tree[name], want) for name, want in wanted.items() if any(tree_leaves(want))}
+    some = {name: want for name, want in wanted.items() if any(tree_leaves(want))}
+    return {name: pick(tree[name], want) for name, want in some.items()}
 
 
 def put_back(part: Tree, whole: Tree) -> Tree:

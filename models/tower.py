@@ -117,7 +117,7 @@ def patch_angles(places: Int[Tensor, "rows patches 4"], tower: Tower, dtype: tor
     head_dim = tower.embed // tower.heads
     frequencies, factor = layers.rope_frequencies(head_dim // 2, tower.rope_theta, {})
     exact = torch.promote_types(dtype, torch.float32)
-    cos, sin = layers.rope_angles(places[..., :2], frequencies, factor, exact)
+    cos, sin = layers.rope_angles(places[..., :2, None], frequencies, factor, exact)
     return cos.flatten(-2), sin.flatten(-2)
 
 
