@@ -61,7 +61,7 @@ def read_model(args: ModelArguments) -> Model:
 def make_model(raw: Mapping[str, Any]) -> Model:
     """The model that a config.json describes."""
     cfg = hf_config.decoder_config(raw)
-    return Model(raw, cfg, decoder.params(cfg), weight_names(raw["model_type"], cfg))
+    return Model(raw, cfg, decoder.params(cfg), weight_names(raw, cfg))
 
 
 def read_tokenizer(args: ModelArguments, cfg: decoder.Config) -> Tokenizer:

@@ -1,20 +1,24 @@
 """Weights from and to files in Hugging Face's layout: what is cut here is one tensor there, what is
 stacked here are many. Names and shapes are those of models/hf_names.py."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
 from omnistep.core.checkpoint.pieces import Box, LazyTensor, Pieces
+from omnistep.core.checkpoint.safetensors import nearest
 from omnistep.core.param import Layout, Param, is_param
 from omnistep.core.tree import Tree, leaves_with_names, map_with_name
-from omnistep.models.hf_names import Names, Part, Shape, fused
+from omnistep.models.hf_names import Names, Part, Shape, fused, joins
+from omnistep.models.hf_vision_names import tower_prefix
 from omnistep.parallel.layout import Place, extent, to_global, to_local
 from omnistep.parallel.mesh import Mesh
+
+T = TypeVar("T")
 
 READABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -81,6 +85,92 @@ class FusedExperts:
         return expert[tuple(slices)]
 
 
+@frozen(eq=False)
+class Found:
+    """Tensors of one or several Sources, by the names of a model's weights."""
+
+    at: Mapping[str, tuple[Source, str]]
+    """Our name of a tensor -> where it is, and its name there."""
+    turned: frozenset[str] = frozenset()
+    """Ours of those whose last two dimensions are the other way round there."""
+
+    def _at(self, name: str) -> tuple[Source, str]:
+        if name not in self.at:
+            raise ValueError(f"there is no tensor {name!r}{nearest(name, self.at)}")
+        return self.at[name]
+
+    def shape(self, name: str) -> Shape:
+        source, there = self._at(name)
+        shape = source.shape(there)
+        return _turned(shape) if name in self.turned else shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        source, there = self._at(name)
+        return source.dtype(there)
+
+    def read(self, name: str, slices: Sequence[slice]) -> Tensor:
+        source, there = self._at(name)
+        if name not in self.turned:
+            return source.read(there, slices)
+        return source.read(there, _turned(tuple(slices))).transpose(-1, -2)
+
+
+def _turned(dimensions: tuple[T, ...]) -> tuple[T, ...]:
+    *rest, rows, columns = dimensions
+    return (*rest, columns, rows)
+
+
+def respelled(source: Source, held: Iterable[str], names: Names, params: Tree) -> Source:
+    """A Source of these tensors by the model's names, whatever version of transformers named them,
+    and Qwen3-VL-MoE's experts the right way round: in files that others wrote an expert's matrices
+    are [in, out]. (Which they are transformers tells by their shape too.)"""
+    if not names.spellings and not names.turned_experts:
+        return source
+    at = {names.spelled(name): (source, name) for name in held}
+    turned = {
+        part.theirs
+        for part in names.all_parts(params)
+        if names.turned_experts and "experts" in part.param.axes and part.theirs in at
+        if part.shape != source.shape(at[part.theirs][1]) == _turned(part.shape)
+    }
+    return Found(at, frozenset(turned))
+
+
+def composed(
+    kind: str,
+    language: Source,
+    language_held: Iterable[str],
+    encoder: Source,
+    encoder_held: Iterable[str],
+) -> Found:
+    """A Source of a model that `compose` (models/hf_config.py) describes, from the weights of its
+    text model and those of its tower, or of any model that has this tower. `kind`: the tower's
+    model_type. Raises ValueError where they hold no such tower."""
+    held = list(encoder_held)
+    prefix = tower_prefix(kind, held)
+    if prefix is None:
+        raise ValueError(f"the weights of the encoder hold no {kind}, but {held[:3]} ...")
+    found = {f"language_model.{name}": (language, name) for name in language_held}
+    for name in held:
+        projector = name.removeprefix("model.")
+        if projector.startswith("multi_modal_projector."):
+            found[projector] = (encoder, name)
+        elif name.startswith(prefix):
+            found[f"vision_tower.{name.removeprefix(prefix)}"] = (encoder, name)
+    return Found(found)
+
+
+def absent(params: Tree, names: Names, source: Found, within: str = "projector.") -> set[str]:
+    """The dotted names of leaves, of those that begin with `within`, that `source` does not hold
+    in the model's shape."""
+    return {
+        part.ours
+        for part in names.all_parts(params)
+        if part.ours.startswith(within)
+        if part.theirs not in source.at or source.shape(part.theirs) != part.shape
+    }
+
+
 def import_weights(
     params: Tree,
     names: Names,
@@ -88,14 +178,17 @@ def import_weights(
     dtype: torch.dtype,
     device: torch.device,
     layout: Layout | None = None,
+    instead: Mapping[str, Tensor] | None = None,
 ) -> Tree:
     """Our tree, leaf by leaf, as `dtype` (what is exact: in fp32 or better); a rank of a mesh reads
-    only its own pieces.
+    only its own pieces. Leaves whose dotted name is in `instead` are not read, but are those.
 
     Raises ValueError, naming the tensor, where a shape differs or values are quantized.
     """
 
     def load(name: str, param: Param, place: Place | None = None) -> Tensor:
+        if instead is not None and name in instead:
+            return instead[name]
         shape, offset = param.shape, (0,) * len(param.shape)
         if place is not None and layout is not None:
             shape, offset = extent(place, layout.mesh)
@@ -145,16 +238,23 @@ def _check(source: Source, part: Part) -> None:
 
 def _read(source: Source, part: Part, shape: Shape, offset: Shape) -> Tensor:
     """A block of a tensor, `shape` at `offset` in our dimensions. Of two of these that are one
-    there, whole rows of the outer one are read."""
+    there, whole rows of the outer one are read; of one that is several there, all of it."""
     stacked, param = len(part.at), part.param
     whole, axes = param.shape[stacked:], param.axes[stacked:]
     spans, joined = [], None
-    for i, (axis, start, size) in enumerate(zip(axes, offset, shape, strict=True)):
-        if axis == "head_dim" and spans:
+    for i, (start, size) in enumerate(zip(offset, shape, strict=True)):
+        if joins(axes, i):
             outer, joined = spans.pop(), i
             spans.append(slice(outer.start * whole[i], outer.stop * whole[i]))
         else:
             spans.append(slice(start, start + size))
+    if part.half is not None:
+        rows, begin = spans[1], part.half * whole[1]
+        spans[1] = slice(begin + rows.start, begin + rows.stop)
+    if len(part.shape) > len(spans):
+        last = len(spans) - 1
+        spans[last:] = [slice(0, n) for n in part.shape[last:]]
+        return source.read(part.theirs, spans).flatten(last).narrow(last, offset[-1], shape[-1])
     block = source.read(part.theirs, spans)
     if joined is None:
         return block
@@ -173,10 +273,10 @@ def relayed_weights(
         return source.read(part.theirs, [slice(0, n) for n in part.shape]).to(kept)
 
     lazy = {}
-    for part in names.all_parts(params):
+    for theirs, (part, *_) in names.tensors(params).items():
         _check(source, part)
-        kept = part.param.dtype(dtype) if dtype else source.dtype(part.theirs)
-        lazy[part.theirs] = LazyTensor(part.shape, kept, partial(read, part, kept))
+        kept = part.param.dtype(dtype) if dtype else source.dtype(theirs)
+        lazy[theirs] = LazyTensor(part.shape, kept, partial(read, part, kept))
     return lazy
 
 
@@ -187,28 +287,49 @@ def export_weights(
     local = {name: to_local(value) for name, value in leaves_with_names(values).items()}
     lazy = {}
     if layout is None or layout.mesh.device_mesh is None:
-        for part in names.all_parts(params):
-            value = local[part.ours]
-            read = partial(_part, value, part.at, part.shape)
-            lazy[part.theirs] = LazyTensor(part.shape, value.dtype, read)
+        for theirs, parts in names.tensors(params).items():
+            leaves = [local[part.ours] for part in parts]
+            read = partial(_tensor, leaves, parts[0].at, parts[0].shape)
+            lazy[theirs] = LazyTensor(parts[0].shape, leaves[0].dtype, read)
         return lazy
     mesh, places = layout.mesh, leaves_with_names(layout.places)
     extents = {name: extent(place, mesh) for name, place in places.items()}
     cells = {}
-    for part in names.all_parts(params):
-        value, (shape, offset), stacked = local[part.ours], extents[part.ours], len(part.at)
+    for theirs, parts in names.tensors(params).items():
+        part = parts[0]  # the second half of a tensor lies as the first does
+        leaves = [local[part.ours] for part in parts]
+        (shape, offset), stacked = extents[part.ours], len(part.at)
         if part.ours not in cells:
-            cells[part.ours] = _cells(_holders(places[part.ours], mesh), stacked)
+            held = _cells(_holders(places[part.ours], mesh), stacked)
+            cells[part.ours] = _halved(held) if len(parts) > 1 else held
         held = cells[part.ours][tuple(i // n for i, n in zip(part.at, shape, strict=False))]
         here = tuple(i - o for i, o in zip(part.at, offset, strict=False))
-        pieces = Pieces(part.param.shape[stacked:], held, value.device)
-        read = partial(_part, value, here)
-        lazy[part.theirs] = LazyTensor(part.shape, value.dtype, read, pieces)
+        whole = part.param.shape[stacked:]
+        whole = (whole[0], len(parts), *whole[1:]) if len(parts) > 1 else whole
+        pieces = Pieces(whole, held, leaves[0].device)
+        read = partial(_tensor, leaves, here)
+        lazy[theirs] = LazyTensor(part.shape, leaves[0].dtype, read, pieces)
     return lazy
 
 
-def _part(value: Tensor, at: tuple[int, ...], shape: Shape | None = None) -> Tensor:
-    return value[at] if shape is None else value[at].reshape(shape)
+def _tensor(leaves: Sequence[Tensor], at: tuple[int, ...], shape: Shape | None = None) -> Tensor:
+    """What is at `at` of a leaf, or of two leaves that are the halves of each expert's rows."""
+    value = leaves[0][at] if len(leaves) == 1 else torch.stack([leaf[at] for leaf in leaves], 1)
+    return value if shape is None else value.reshape(shape)
+
+
+Cells = dict[tuple[int, ...], dict[Box, tuple[int, ...]]]
+
+
+def _halved(cells: Cells) -> Cells:
+    """The same with a further dimension after the experts, of both halves, which is not cut."""
+    return {
+        cell: {
+            ((offset[0], 0, *offset[1:]), (shape[0], 2, *shape[1:])): ranks
+            for (offset, shape), ranks in held.items()
+        }
+        for cell, held in cells.items()
+    }
 
 
 def _holders(place: Place, mesh: Mesh) -> dict[Box, tuple[int, ...]]:
@@ -220,13 +341,11 @@ def _holders(place: Place, mesh: Mesh) -> dict[Box, tuple[int, ...]]:
     return {box: tuple(ranks) for box, ranks in held.items()}
 
 
-def _cells(
-    holders: Mapping[Box, tuple[int, ...]], stacked: int
-) -> dict[tuple[int, ...], dict[Box, tuple[int, ...]]]:
+def _cells(holders: Mapping[Box, tuple[int, ...]], stacked: int) -> Cells:
     """The same in the dimensions after the first `stacked`, for each cell of the grid that cuts
     these (by stages of a pipeline, by ranks that share experts): what lies in one has the same
     holders, so one dict serves a great many tensors."""
-    cells: dict[tuple[int, ...], dict[Box, tuple[int, ...]]] = {}
+    cells: Cells = {}
     for (offset, shape), ranks in holders.items():
         cell = tuple(o // n for o, n in zip(offset[:stacked], shape[:stacked], strict=True))
         cells.setdefault(cell, {})[offset[stacked:], shape[stacked:]] = ranks

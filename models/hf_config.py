@@ -1,86 +1,16 @@
-"""A decoder's Config from Hugging Face's `config.json`. Sources: transformers 5.23,
-models/<model_type>/configuration_*.py for the defaults, modeling_*.py for what they mean."""
+"""A model's Config from Hugging Face's `config.json`, for the families that are built; and the
+config.json of a language model with a vision tower in front. Source of what keys mean: transformers
+5.23, models/<model_type>/configuration_*.py and modeling_*.py."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omnistep.models.config import Config, Experts, Latent
+from attrs import evolve
 
-Json = Mapping[str, Any]
-
-
-class ConfigJsonError(ValueError):
-    """A config.json that can't be read, or asks for what is not built."""
-
-
-_LLAMA = {
-    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-6,
-}  # fmt: skip
-_QWEN = _LLAMA | {
-    "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
-    "sliding_window": 4096,
-}  # fmt: skip
-_MISTRAL = _LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8}
-_QWEN_MOE = _QWEN | {
-    "hidden_size": 2048, "num_hidden_layers": 24, "decoder_sparse_step": 1, "mlp_only_layers": (),
-    "norm_topk_prob": False, "router_aux_loss_coef": 0.001,
-}  # fmt: skip
-_DEEPSEEK = _LLAMA | {
-    "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-}  # fmt: skip
-
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": _LLAMA,
-    "qwen2": _QWEN | {"qkv_bias": True},
-    "qwen3": _QWEN | {"head_dim": 128},
-    "mistral": _MISTRAL | {"sliding_window": 4096},
-    "seed_oss": _LLAMA | {
-        "vocab_size": 155136, "intermediate_size": 27648, "num_hidden_layers": 64,
-        "num_attention_heads": 80, "num_key_value_heads": 8, "head_dim": 128,
-        "attention_bias": True,
-    },
-    "mixtral": _MISTRAL | {
-        "rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_experts": 8, "num_experts_per_tok": 2,
-        "norm_topk_prob": True, "router_aux_loss_coef": 0.001,
-    },
-    "qwen2_moe": _QWEN_MOE | {
-        "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 16,
-        "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
-        "shared_expert_intermediate_size": 5632, "qkv_bias": True,
-    },
-    "qwen3_moe": _QWEN_MOE | {
-        "intermediate_size": 6144, "num_key_value_heads": 4,
-        "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
-    },
-    "deepseek_v2": _DEEPSEEK | {
-        "vocab_size": 102400, "num_experts": 64, "moe_intermediate_size": 1407,
-        "n_shared_experts": 2, "first_k_dense_replace": 0, "routed_scaling_factor": 1.0,
-        "topk_method": "greedy",
-    },
-    "deepseek_v3": _DEEPSEEK | {
-        "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432,
-        "num_hidden_layers": 61, "num_attention_heads": 128, "num_experts": 256,
-        "num_experts_per_tok": 8, "moe_intermediate_size": 2048, "n_shared_experts": 1,
-        "first_k_dense_replace": 3, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
-        "n_group": 8, "topk_group": 4,
-    },
-    "gpt_oss": {
-        "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880,
-        "num_hidden_layers": 36, "num_attention_heads": 64, "num_key_value_heads": 8,
-        "head_dim": 64, "rms_norm_eps": 1e-5, "rope_theta": 150000.0, "sliding_window": 128,
-        "attention_bias": True, "num_experts": 128, "num_experts_per_tok": 4,
-        "swiglu_limit": 7.0, "router_aux_loss_coef": 0.001, "norm_topk_prob": True,
-        "rope_scaling": {
-            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
-            "truncate": False, "original_max_position_embeddings": 4096,
-        },
-    },
-}  # fmt: skip
-"""What a family takes a key for that its config.json leaves out."""
+from omnistep.models.config import Config, Tower
+from omnistep.models.hf_text import TEXT_FAMILIES, ConfigJsonError, Json, text_config
+from omnistep.models.hf_vision import TOWERS, is_qwen, read_tower, tower_kind
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -94,42 +24,21 @@ ARCHITECTURES = {
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "gpt_oss": "GptOssForCausalLM",
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+    "llava": "LlavaForConditionalGeneration",
 }
+"""The families that are built, by model_type, and what transformers calls them."""
 
-BUILT: dict[str, dict[str, tuple[Any, ...]]] = {
-    "mixtral": {"router_jitter_noise": (0,)},
-    "deepseek_v2": {
-        "topk_method": ("greedy", "group_limited_greedy"),
-        "scoring_func": ("softmax",),
-        "norm_topk_prob": (False,),  # transformers ignores it, DeepSeek's own code does not
-        "moe_layer_freq": (1,),
-        "mlp_bias": (False,),
-    },
-    "deepseek_v3": {
-        "topk_method": ("noaux_tc",),
-        "scoring_func": ("sigmoid",),
-        "moe_layer_freq": (1,),
-    },
-    "gpt_oss": {"swiglu_alpha": (1.702,)},
-}
-"""The only values that are built of a family's keys; one that is left out has the first."""
-
-BIASES = {
-    "llama": ("attention_bias", "attention_bias"),
-    "qwen2": ("qkv_bias", None),
-    "qwen3": ("attention_bias", "attention_bias"),
-    "seed_oss": ("attention_bias", "attention_out_bias"),
-    "qwen2_moe": ("qkv_bias", None),
-    "qwen3_moe": ("attention_bias", "attention_bias"),
-    "deepseek_v2": ("attention_bias", "attention_bias"),
-    "deepseek_v3": ("attention_bias", "attention_bias"),
-    "gpt_oss": ("attention_bias", "attention_bias"),
-}
-"""The keys that give a family biases in attention: before it, and after it."""
-
-OTHER_NAMES = {"num_local_experts": "num_experts", "n_routed_experts": "num_experts"}
-NULL_MEANS_NONE = ("sliding_window", "q_lora_rank", "n_group", "topk_group")
-"""Any other key that is null is as if it were left out."""
+TOKEN_KEYS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+LLAVA_KEYS = (
+    "vision_feature_layer",
+    "vision_feature_select_strategy",
+    "multimodal_projector_bias",
+    "projector_hidden_act",
+)
 
 
 def read_config_json(path: str | Path) -> dict[str, Any]:
@@ -148,164 +57,149 @@ def read_config_json(path: str | Path) -> dict[str, Any]:
 
 
 def decoder_config(raw: Json) -> Config:
-    """The decoder that a config.json describes. Raises ConfigJsonError for an unknown family, a
+    """The model that a config.json describes. Raises ConfigJsonError for an unknown family, a
     variant that is not built, or sizes that do not fit together."""
     family = raw.get("model_type")
-    if family not in DEFAULTS:
+    if family not in ARCHITECTURES:
         raise ConfigJsonError(
-            f"model_type {family!r} is not built; there are {', '.join(sorted(DEFAULTS))}"
+            f"model_type {family!r} is not built; there are {', '.join(sorted(ARCHITECTURES))}"
         )
-    given = {OTHER_NAMES.get(k, k): v for k, v in raw.items()}
-    c = DEFAULTS[family] | {k: v for k, v in given.items() if v is not None or k in NULL_MEANS_NONE}
-    _check_built(family, c)
-    try:
-        return _config(family, c)
-    except (ValueError, KeyError, TypeError) as error:
+    if family in TEXT_FAMILIES:
+        return text_config(family, raw)
+    return _llava(raw) if family == "llava" else _qwen_vl(family, raw)
+
+
+def text_family(raw: Json) -> str:
+    """The model_type of the text model that a config.json describes, or has inside."""
+    family = str(raw.get("model_type"))
+    if family == "llava":
+        return str((raw.get("text_config") or {}).get("model_type", "llama"))
+    return family if family in TEXT_FAMILIES else f"{family}_text"
+
+
+def _qwen_vl(family: str, raw: Json) -> Config:
+    """Older files have the text model's keys beside vision_config, not in a text_config."""
+    text = raw.get("text_config") or raw
+    tied = raw.get("tie_word_embeddings", False)
+    if family in ("qwen2_vl", "qwen2_5_vl"):
+        tied = tied or text.get("tie_word_embeddings", False)
+    cfg = text_config(text_family(raw), {**text, "tie_word_embeddings": tied})
+    tower, width = read_tower(tower_kind(raw), raw.get("vision_config") or {})
+    _check_width(width, cfg.embed)
+    return evolve(cfg, tower=tower)
+
+
+def _check_width(width: int | None, embed: int) -> None:
+    if width not in (None, embed):
         raise ConfigJsonError(
-            f"the {family} configuration does not fit together: {error}"
-        ) from None
-
-
-def _check_built(family: str, c: Json) -> None:
-    for key, built in ({"hidden_act": ("silu",)} | BUILT.get(family, {})).items():
-        if c.get(key, built[0]) not in built:
-            raise ConfigJsonError(
-                f"{key} {c[key]!r} is not built for {family}; only {', '.join(map(str, built))}"
-            )
-
-
-def _config(family: str, c: Json) -> Config:
-    heads, embed, layers = c["num_attention_heads"], c["hidden_size"], c["num_hidden_layers"]
-    before, after = BIASES.get(family, (None, None))
-    theta, scaling = _rope(c)
-    latent, experts = _latent(family, c), _experts(family, c)
-    return Config(
-        vocab=c["vocab_size"],
-        embed=embed,
-        layers=layers,
-        heads=heads,
-        kv_heads=heads if latent else c.get("num_key_value_heads", heads),
-        head_dim=latent.nope + latent.rope if latent else c.get("head_dim", embed // heads),
-        mlp=c["intermediate_size"],
-        rope_theta=theta,
-        rope_scaling=scaling,
-        norm_eps=c["rms_norm_eps"],
-        tied=bool(c.get("tie_word_embeddings", False)),
-        qkv_bias=bool(c.get(before, False)),
-        out_bias=bool(c.get(after, False)),
-        mlp_bias=family in ("llama", "seed_oss") and bool(c.get("mlp_bias", False)),
-        qk_norm=family in ("qwen3", "qwen3_moe"),
-        sinks=family == "gpt_oss",
-        windows=_windows(family, c, layers),
-        init_std=c.get("initializer_range", 0.02),
-        latent=latent,
-        experts=experts,
-    )
-
-
-def _rope(c: Json) -> tuple[float, dict[str, Any]]:
-    """The base, and the rest of rope_parameters; older files have rope_theta and rope_scaling."""
-    rope = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
-    if "type" in rope:
-        rope.setdefault("rope_type", rope.pop("type"))
-    theta = float(rope.pop("rope_theta", c.get("rope_theta", 10000.0)))
-    if rope.get("rope_type") in ("yarn", "llama3"):
-        rope.setdefault("original_max_position_embeddings", c.get("max_position_embeddings"))
-    part = rope.pop("partial_rotary_factor", c.get("partial_rotary_factor", 1.0))
-    if part != 1.0:
-        raise ValueError(f"partial_rotary_factor {part} is not built; only 1")
-    return theta, rope
-
-
-def _windows(family: str, c: Json, layers: int) -> tuple[int | None, ...]:
-    every, window = ("mistral", "mixtral", "qwen3_moe"), c.get("sliding_window")
-    if family not in (*every, "qwen2", "qwen3", "qwen2_moe", "gpt_oss") or window is None:
-        return ()
-    if family.startswith("qwen") and not c.get("use_sliding_window", False):
-        return ()
-    if family in every:
-        return (window,) * layers
-    first = c.get("max_window_layers", 28)
-
-    def slides(i: int) -> bool:
-        if family == "gpt_oss":
-            return i % 2 == 0
-        return i < first and i % 2 == 0 if family == "qwen2_moe" else i >= first
-
-    kinds = c.get("layer_types") or [
-        "sliding_attention" if slides(i) else "" for i in range(layers)
-    ]
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
-
-def _latent(family: str, c: Json) -> Latent | None:
-    if family not in ("deepseek_v2", "deepseek_v3"):
-        return None
-    heads = c["num_attention_heads"]
-    if c.get("num_key_value_heads", heads) != heads:
-        raise ValueError(
-            f"num_key_value_heads {c['num_key_value_heads']} with {heads} attention heads: latent "
-            "attention has as many of both"
+            f"the vision tower's output is {width} wide (out_hidden_size; Qwen2-VL: hidden_size), "
+            f"but the language model's hidden_size is {embed}"
         )
-    if c.get("head_dim", c["qk_rope_head_dim"]) != c["qk_rope_head_dim"]:
-        raise ValueError(
-            f"head_dim {c['head_dim']} with qk_rope_head_dim {c['qk_rope_head_dim']}: transformers "
-            "takes both for the rotated part of a head; leave head_dim out"
+
+
+def _llava(raw: Json) -> Config:
+    """LLaVA (arXiv 2310.03744), with any text model and any tower; transformers has no Qwen towers
+    in it. Tokens have one position."""
+    family, text = text_family(raw), raw.get("text_config") or {}
+    if family not in TEXT_FAMILIES:
+        raise ConfigJsonError(
+            f"the text model {family!r} is not built for llava; there are "
+            f"{', '.join(TEXT_FAMILIES)}"
         )
-    return Latent(
-        kv=c["kv_lora_rank"],
-        nope=c["qk_nope_head_dim"],
-        rope=c["qk_rope_head_dim"],
-        value=c["v_head_dim"],
-        q=c["q_lora_rank"],
-        interleaved=family == "deepseek_v2" or bool(c.get("rope_interleave", True)),
-    )
+    tied = raw.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
+    cfg = text_config(family, {**text, "tie_word_embeddings": tied})
+    kind = tower_kind({"vision_config": {}, **raw})
+    tower, width = read_tower(kind, raw.get("vision_config") or {})
+    _check_width(width, cfg.embed)
+    return evolve(cfg, tower=_cut(raw, kind, tower, cfg.embed))
 
 
-def _experts(family: str, c: Json) -> Experts | None:
-    """None also for a family with experts where no layer has them."""
-    layers, deepseek = c["num_hidden_layers"], family.startswith("deepseek")
-    if deepseek:
-        dense = tuple(range(min(c["first_k_dense_replace"], layers)))
-    elif family in ("qwen2_moe", "qwen3_moe"):
-        only, step = c["mlp_only_layers"], c["decoder_sparse_step"]
-        dense = tuple(i for i in range(layers) if i in only or (i + 1) % step)
-    else:
-        dense = ()
-    if "num_experts" not in DEFAULTS[family] or c["num_experts"] == 0 or len(dense) == layers:
-        return None
-    one_width = family in ("mixtral", "gpt_oss")
-    width = c["intermediate_size" if one_width else "moe_intermediate_size"]
-    grouped = family == "deepseek_v3" or c.get("topk_method") == "group_limited_greedy"
-    shared = width * c["n_shared_experts"] if deepseek else c.get("shared_expert_intermediate_size")
-    return Experts(
-        count=c["num_experts"],
-        top_k=c["num_experts_per_tok"],
-        mlp=width,
-        scoring="sigmoid" if family == "deepseek_v3" else "softmax",
-        exact_logits=deepseek,
-        normalize=bool(c.get("norm_topk_prob", False)),
-        scale=float(c["routed_scaling_factor"]) if deepseek else 1.0,
-        groups=(c.get("n_group") or 1) if grouped else 1,
-        top_groups=(c.get("topk_group") or 1) if grouped else 1,
-        group_score="top2" if family == "deepseek_v3" else "max",
-        bias=family == "deepseek_v3",
-        limit=c["swiglu_limit"] if family == "gpt_oss" else None,
-        aux=float(c["router_aux_loss_coef"]) if _has_aux(family, c) else 0.0,
-        shared=(shared or 0) if deepseek or family == "qwen2_moe" else 0,
-        shared_gated=family == "qwen2_moe",
-        dense=dense,
-    )
+def _cut(raw: Json, kind: str, tower: Tower, embed: int) -> Tower:
+    """The tower's layers up to those whose output LLaVA takes, with LLaVA's projector. A Qwen tower
+    has its own, after all its layers."""
+    default = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+    if is_qwen(kind):
+        default = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    c = default | {k: v for k, v in raw.items() if v is not None}
+    layer, select = c["vision_feature_layer"], c["vision_feature_select_strategy"]
+    if not isinstance(layer, int):
+        raise ConfigJsonError(f"vision_feature_layer {layer} is not built; only one number")
+    layers = layer if layer >= 0 else tower.layers + 1 + layer
+    if not 1 <= layers <= tower.layers or (is_qwen(kind) and layers != tower.layers):
+        allowed = "-1" if is_qwen(kind) else f"1 to {tower.layers}, or -1 to -{tower.layers}"
+        raise ConfigJsonError(
+            f"vision_feature_layer {layer} of a tower of {tower.layers} layers is not built; "
+            f"only {allowed}"
+        )
+    if select != ("default" if tower.class_token else "full"):
+        reason = "leaves out the class token" if tower.class_token else "has no class token to drop"
+        raise ConfigJsonError(
+            f"vision_feature_select_strategy {select!r} is not built for {kind}, which {reason}; "
+            f"only {'default' if tower.class_token else 'full'!r}"
+        )
+    if c.get("projector_hidden_act", "gelu") != "gelu":
+        raise ConfigJsonError(
+            f"projector_hidden_act {c['projector_hidden_act']!r} is not built; only 'gelu'"
+        )
+    bias = bool(c.get("multimodal_projector_bias", True))
+    if is_qwen(kind):
+        if not bias:
+            raise ConfigJsonError(f"multimodal_projector_bias false is not built for {kind}")
+        return tower
+    return evolve(tower, layers=layers, projector=embed, projector_bias=bias)
 
 
-def _has_aux(family: str, c: Json) -> bool:
-    """transformers adds the load-balancing loss only where router logits are asked for, and never
-    for DeepSeek."""
-    return bool(c.get("output_router_logits", False)) and not family.startswith("deepseek")
+def compose(language: Json, encoder: Json, **overrides: Any) -> dict[str, Any]:
+    """The config.json, of LLaVA's schema, of a vision tower in front of a text model.
+
+    `encoder` is a vision_config, or the config.json of a model that has one: a CLIP, SigLIP,
+    Qwen2-VL, LLaVA ... `overrides` named in TOKEN_KEYS and LLAVA_KEYS are keys of the whole, others
+    of its vision_config. A Qwen tower's output becomes as wide as the text model.
+
+    Raises ConfigJsonError where `language` is no text model, an override is no key, or
+    image_token_id is missing.
+    """
+    family = language.get("model_type")
+    if family not in TEXT_FAMILIES:
+        raise ConfigJsonError(
+            f"a tower can't be put in front of a {family!r}; there are {', '.join(TEXT_FAMILIES)}"
+        )
+    kind = tower_kind(encoder)
+    known = (*TOKEN_KEYS, *LLAVA_KEYS, *TOWERS[kind])
+    if unknown := [key for key in overrides if key not in known]:
+        raise ConfigJsonError(
+            f"{unknown[0]!r} is no key of an encoder {kind}; there are {', '.join(sorted(known))}"
+        )
+    if overrides.get("image_token_id") is None:
+        raise ConfigJsonError(
+            "image_token_id is missing: the token of the text model's vocabulary that is to stand "
+            "for images"
+        )
+    inner = encoder.get("vision_config")
+    vision = {**(encoder if inner is None else inner), "model_type": kind}
+    vision |= {key: value for key, value in overrides.items() if key in TOWERS[kind]}
+    if is_qwen(kind):
+        out = "hidden_size" if kind == "qwen2_vl_vision" else "out_hidden_size"
+        vision[out] = text_config(family, language).embed
+    selected = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+    if kind != "clip_vision_model":
+        selected = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    top = {k: v for k, v in overrides.items() if k in (*TOKEN_KEYS, *LLAVA_KEYS)}
+    dtype = {k: language[k] for k in ("dtype", "torch_dtype") if k in language}
+    return {
+        "model_type": "llava",
+        **dtype,
+        "tie_word_embeddings": bool(language.get("tie_word_embeddings", False)),
+        "text_config": dict(language),
+        "vision_config": vision,
+        **selected,
+        **top,
+        "image_token_index": overrides["image_token_id"],  # transformers' name of it
+    }
 
 
 def unused_dropout(raw: Json) -> float:
     """The largest dropout a config.json asks for; Omnistep trains without dropout."""
-    return max(
-        (raw.get(key) or 0.0 for key in ("attention_dropout", "residual_dropout")), default=0.0
-    )
+    parts = [raw, raw.get("text_config") or {}, raw.get("vision_config") or {}]
+    keys = ("attention_dropout", "residual_dropout")
+    return max(part.get(key) or 0.0 for part in parts for key in keys)

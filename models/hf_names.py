@@ -1,16 +1,21 @@
 """The names that files in Hugging Face's layout give to our weights. Sources: transformers 5.23,
-models/<model_type>/modeling_*.py, and conversion_mapping.py for experts, which are one tensor a
-layer in its modules, but in files one each."""
+models/<model_type>/modeling_*.py, and conversion_mapping.py for how files differ from its modules:
+in experts, which are one tensor a layer in these, but in most files one each, and in the names that
+the parts of a vision-language model have."""
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
-from attrs import frozen
+from attrs import field, frozen
 
 from omnistep.core.param import Param, is_param
 from omnistep.core.tree import Tree, leaves_with_names
 from omnistep.models.config import Config
+from omnistep.models.hf_config import text_family
+from omnistep.models.hf_text import Json
+from omnistep.models.hf_vision import tower_kind
+from omnistep.models.hf_vision_names import tower_names
 
 Shape = tuple[int, ...]
 
@@ -77,8 +82,49 @@ FAMILY = {
         "expert_up": "block_sparse_moe.experts.{expert}.w3.weight",
         "expert_down": "block_sparse_moe.experts.{expert}.w2.weight",
     },
+    "qwen3_vl_moe_text": {
+        "expert_gate": "mlp.experts.gate_up_proj",
+        "expert_up": "mlp.experts.gate_up_proj",
+        "expert_down": "mlp.experts.down_proj",
+    },
 }
 """Where a family's names of a layer's weights are not those of LAYER."""
+
+HALVES = {"layers.expert_gate": 0, "layers.expert_up": 1}
+"""Where two of our leaves have one template: which rows of each expert in the tensor."""
+
+TEXT_PREFIX = {
+    "qwen3_vl": ("model.", "model.language_model."),
+    "qwen3_vl_moe": ("model.", "model.language_model."),
+    "llava": ("", "language_model."),
+}
+"""How the names of the text model's tensors begin in a vision-language family's files, in the place
+of how they do alone."""
+TOWER_PREFIX = {
+    "qwen2_vl": "visual.",
+    "qwen2_5_vl": "visual.",
+    "qwen3_vl": "model.visual.",
+    "qwen3_vl_moe": "model.visual.",
+    "llava": "vision_tower.",
+}
+
+Rules = Sequence[tuple[str, str]]
+_QWEN2_VL: Rules = (
+    (r"^model\.language_model\.", "model."),
+    (r"^model\.visual\.", "visual."),
+)
+SPELLINGS: dict[str, Rules] = {
+    "qwen2_vl": _QWEN2_VL,
+    "qwen2_5_vl": _QWEN2_VL,
+    "llava": (
+        (r"^model\.language_model\.", "language_model.model."),
+        (r"^lm_head\.", "language_model.lm_head."),
+        (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
+        (r"^vision_tower\.vision_model\.", "vision_tower."),
+    ),
+}
+"""Patterns in the names of a family's other files, by other versions of transformers, and what
+stands there in those that 5.23 writes."""
 
 
 @frozen
@@ -91,10 +137,11 @@ class Part:
     param: Param
     at: tuple[int, ...]
     """Its place along the leaf's first dimensions, those that are not one tensor there."""
-
-    @property
-    def shape(self) -> Shape:
-        return hf_shape(self.param, len(self.at))
+    shape: Shape
+    """Of the tensor."""
+    half: int | None = None
+    """Where a tensor has the rows of two parts, for each expert first those of one, then those of
+    the other: which of them this is. None: it is all of the tensor."""
 
 
 @frozen(eq=False)
@@ -102,32 +149,78 @@ class Names:
     """How a model's weights are named in files."""
 
     templates: Mapping[str, str]
-    """Last name of our leaf -> theirs, with {layer} and {expert} for the first dimensions of
-    stacked leaves."""
-    layers: Mapping[str, tuple[int, ...]]
+    """Dotted name of our leaf -> theirs, with {layer}, {expert} and {qkv} for the first dimensions
+    of stacked leaves. Those of dense_layers are those of layers."""
+    stacks: Mapping[str, tuple[int, ...]]
     """Axis of a stack of layers -> the number that each of them has in the model."""
+    shapes: Mapping[str, Shape] = field(factory=dict)
+    """Where a leaf's last dimension is several there: the tensor's shape."""
+    spellings: Rules = ()
+    """See SPELLINGS."""
+    turned_experts: bool = False
+    """A layer's experts are one tensor, and in some files the matrices of each are [in, out]."""
 
     def parts(self, ours: str, param: Param) -> Iterator[Part]:
         """The tensors that one of our leaves is made of, in its order."""
-        template = self.templates[ours.rpartition(".")[2]]
-        for at in itertools.product(*(range(n) for n in param.shape[: template.count("{")])):
-            numbers = dict(zip(("layer", "expert"), at, strict=False))
-            if at:
-                numbers["layer"] = self.layers[param.axes[0]][at[0]]
-            yield Part(template.format(**numbers), ours, param, at)
+        leaf = re.sub("^dense_layers", "layers", ours)
+        template = self.templates[leaf]
+        fields = re.findall(r"{(\w+)}", template)
+        half = HALVES[leaf] if leaf in HALVES and "expert" not in fields else None
+        shape = self.shapes.get(ours) or hf_shape(param, len(fields))
+        if half is not None:
+            shape = (shape[0], 2 * shape[1], *shape[2:])
+        for at in itertools.product(*(range(n) for n in param.shape[: len(fields)])):
+            numbers: dict[str, int | str] = dict(zip(fields, at, strict=True))
+            if "layer" in numbers:
+                numbers["layer"] = self.stacks[param.axes[0]][at[0]]
+            if "qkv" in numbers:
+                numbers["qkv"] = "qkv"[at[-1]]
+            yield Part(template.format(**numbers), ours, param, at, shape, half)
 
     def all_parts(self, params: Tree) -> Iterator[Part]:
-        """Every tensor of a model."""
+        """Every part of a model; of a tensor that has two, each."""
         for ours, param in leaves_with_names(params, is_leaf=is_param).items():
             yield from self.parts(ours, param)
 
+    def tensors(self, params: Tree) -> dict[str, tuple[Part, ...]]:
+        """Every tensor of a model, and its parts in order."""
+        found: dict[str, tuple[Part, ...]] = {}
+        for part in self.all_parts(params):
+            found[part.theirs] = (*found.get(part.theirs, ()), part)
+        return found
 
-def weight_names(family: str, cfg: Config) -> Names:
-    """Those of a family, by its model_type."""
-    layer = LAYER | FAMILY.get(family, {})
+    def spelled(self, name: str) -> str:
+        """The name by which we know a tensor of a file that may be of another version."""
+        for pattern, ours in self.spellings:
+            name = re.sub(pattern, ours, name)
+        return name
+
+
+def weight_names(raw: Json, cfg: Config) -> Names:
+    """Those that transformers 5.23 writes for the model of a config.json."""
+    family, text = str(raw["model_type"]), text_family(raw)
+    layer = LAYER | FAMILY.get(text, {})
+    templates = OUTER | {f"layers.{n}": f"model.layers.{{layer}}.{t}" for n, t in layer.items()}
+    old, new = TEXT_PREFIX.get(family, ("", ""))
+    templates = {
+        ours: new + theirs[len(old) :] if theirs.startswith(old) else theirs
+        for ours, theirs in templates.items()
+    }
+    stacks = {"layers": cfg.stacked_layers, "dense_layers": cfg.dense_layers}
+    if cfg.tower is None:
+        return Names(templates, stacks)
+    tower = cfg.tower
+    kind, prefix = tower_kind(raw), TOWER_PREFIX[family]
+    frames = (tower.frames,) if kind.startswith("qwen") else ()  # a Conv3d's weight, or a Conv2d's
+    patch = (tower.embed, tower.channels, *frames, tower.patch, tower.patch)
     return Names(
-        OUTER | {ours: "model.layers.{layer}." + theirs for ours, theirs in layer.items()},
-        {"layers": cfg.stacked_layers, "dense_layers": cfg.dense_layers},
+        templates | tower_names(kind, prefix),
+        stacks
+        | {"vision_layers": tuple(range(tower.layers))}
+        | {"deepstack": tuple(range(len(tower.deepstack)))},
+        {"encoder.patch": patch},
+        SPELLINGS.get(family, ()),
+        text == "qwen3_vl_moe_text",
     )
 
 
@@ -158,12 +251,18 @@ def fused(theirs: str) -> Fused:
 
 
 def hf_shape(param: Param, stacked: int) -> Shape:
-    """The shape there of a part of a leaf whose first `stacked` dimensions are split: `heads ×
-    head_dim` is one dimension."""
-    shape: list[int] = []
-    for axis, size in zip(param.axes[stacked:], param.shape[stacked:], strict=True):
-        if axis == "head_dim" and shape:
+    """The shape there of a part of a leaf whose first `stacked` dimensions are split: those that
+    `joins` its predecessor are one dimension with it."""
+    axes, shape = param.axes[stacked:], list[int]()
+    for i, size in enumerate(param.shape[stacked:]):
+        if joins(axes, i):
             shape[-1] *= size
         else:
             shape.append(size)
     return tuple(shape)
+
+
+def joins(axes: Sequence[str], i: int) -> bool:
+    """Whether dimension i of a leaf is one with the dimension before it in files: heads and
+    head_dim, and queries, keys and values."""
+    return i > 0 and (axes[i] == "head_dim" or axes[i - 1] == "qkv")

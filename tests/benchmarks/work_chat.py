@@ -57,7 +57,7 @@ def omnistep(path: str) -> None:
     tree = decoder.params(cfg)
     source = hf.InMemory({k: torch.from_numpy(v) for k, v in work.weights().items()})
     params = hf.import_weights(
-        tree, weight_names("qwen3", cfg), source, torch.float32, torch.device("cpu")
+        tree, weight_names({"model_type": "qwen3"}, cfg), source, torch.float32, torch.device("cpu")
     )
     optimizer = adamw(weight_decay=work.DECAY, decay_mask=param.decay_mask(tree))
     train_step = make_train_step(

@@ -43,7 +43,9 @@ def train(
     tree = decoder.params(cfg)
     cpu = torch.device("cpu")
     source = hf.InMemory({name: torch.from_numpy(value) for name, value in initial.items()})
-    params = hf.import_weights(tree, weight_names(family, cfg), source, torch.float32, cpu)
+    params = hf.import_weights(
+        tree, weight_names({"model_type": family}, cfg), source, torch.float32, cpu
+    )
     initial.clear()
     del source
     optimizer = adamw(weight_decay=work.DECAY, decay_mask=param.decay_mask(tree))

@@ -139,7 +139,7 @@ def tensors_of(model: transformers.PreTrainedModel) -> dict[str, Tensor]:
 
 
 def names_of(model: transformers.PreTrainedModel, cfg: Config) -> Names:
-    return weight_names(model.config.model_type, cfg)
+    return weight_names(model.config.to_dict(), cfg)
 
 
 def imported(model: transformers.PreTrainedModel, cfg: Config, dtype: torch.dtype) -> Tree:

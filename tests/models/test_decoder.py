@@ -172,7 +172,7 @@ def test_a_weight_of_another_shape_is_named():
     with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight has shape \(3, 3\)"):
         hf.import_weights(
             decoder.params(cfg),
-            weight_names("qwen3", cfg),
+            weight_names({"model_type": "qwen3"}, cfg),
             hf.InMemory(collections.defaultdict(lambda: torch.zeros(3, 3))),
             torch.float32,
             torch.device("cpu"),

@@ -193,7 +193,7 @@ def test_the_dtensor_of_experts_cuts_as_extent_says(sizes, strategy, fake_mesh):
 def test_a_rank_makes_and_reads_only_its_pieces(cfg, sizes, fake_mesh):
     """init_device meta, and model_path: piece by piece, equal to the whole's."""
     tree, key, cpu = decoder.params(cfg), rng.key(0), torch.device("cpu")
-    names = weight_names("deepseek_v3", cfg)
+    names = weight_names({"model_type": "deepseek_v3"}, cfg)
     whole = param.initialize(tree, key, torch.float32, cpu)
     tensors = {name: t.read() for name, t in hf.export_weights(tree, names, whole).items()}
     mesh = fake_mesh(rank=5, **sizes)
