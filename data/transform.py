@@ -9,6 +9,7 @@ from attrs import frozen
 from omnistep.data.chat import Message, Template
 from omnistep.data.errors import DataError
 from omnistep.data.files.records import Record
+from omnistep.data.patches import Vision
 from omnistep.data.tokenizer import Tokenizer
 
 
@@ -22,6 +23,12 @@ class Tokens:
     """bool [tokens]: the model is to learn to predict this token; None: all of them."""
     cut: int = 0
     """Tokens that were cut off, because the sample is longer than a piece may be."""
+    vision: Vision | None = None
+    """Its images; None: it has none."""
+
+    @property
+    def patches(self) -> int:
+        return 0 if self.vision is None else len(self.vision.pixels)
 
 
 Transform = Callable[[Record], list[Tokens]]

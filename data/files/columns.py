@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from os.path import dirname
 from typing import Any
 
 import attrs
@@ -33,6 +34,8 @@ class Rows:
     columns: dict[str, Any]
     check: bool
     """One of them may be too long."""
+    folder: str
+    """That of the file."""
 
     def record(self, row: int, where: str) -> Record:
         if self.check:
@@ -40,14 +43,16 @@ class Rows:
             if size > LONGEST_RECORD:
                 raise too_long(where, size)
         try:
-            return Record({name: col[row].as_py() for name, col in self.columns.items()}, where)
+            content = {name: col[row].as_py() for name, col in self.columns.items()}
+            return Record(content, where, folder=self.folder)
         except UnicodeDecodeError as error:
             raise DataError(f"{where}: not UTF-8 ({error})") from error
 
 
-def _rows(decoded: Any, names: tuple[str, ...]) -> Rows:
+def _rows(decoded: Any, names: tuple[str, ...], path: str) -> Rows:
     columns = {name: decoded.column(name) for name in names}
-    return Rows(columns, sum(map(_longest, columns.values())) > LONGEST_RECORD)
+    check = sum(map(_longest, columns.values())) > LONGEST_RECORD
+    return Rows(columns, check, dirname(path))
 
 
 def _longest(column: Any) -> int:
@@ -106,7 +111,7 @@ class Columns:
     def _group(self, group: int, where: str) -> Rows:
         if group not in self._decoded:
             with _broken(where):
-                self._decoded[group] = _rows(self.decode(group), self.columns)
+                self._decoded[group] = _rows(self.decode(group), self.columns, self.path)
             if len(self._decoded) > GROUPS:
                 self._decoded.popitem(last=False)
         self._decoded.move_to_end(group)
@@ -142,7 +147,7 @@ def _stream(path: str, columns: tuple[str, ...], groups: Iterator[Any]) -> Itera
             decoded = next(groups, None)
             if decoded is None:
                 return
-            rows = _rows(decoded, columns)
+            rows = _rows(decoded, columns, path)
         for row in range(decoded.num_rows):
             yield partial(rows.record, row, f"{path}, row {before + row + 1}")
         before += decoded.num_rows

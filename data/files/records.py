@@ -29,6 +29,8 @@ class Record:
     """File and line, row or item, for errors."""
     ends_document: bool = True
     """False for a part of a document that goes on in the next record."""
+    folder: str = ""
+    """Where the paths in it begin: that of its file; empty: the working directory."""
 
 
 class Reader(Protocol):

@@ -8,6 +8,7 @@ records end, and a `Syntax`, which reads the bytes of one.
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from os.path import dirname
 from typing import Any, Protocol
 
 import numpy as np
@@ -60,7 +61,7 @@ class Syntax:
         """The record whose bytes stand at `offset`, or its DataError."""
         where = f"{name}, {self.unit} {number}"
         try:
-            return Record(self.parse(content.decode("utf-8")), where)
+            return Record(self.parse(content.decode("utf-8")), where, folder=dirname(name))
         except UnicodeDecodeError as error:
             raise not_utf8(where, offset, error) from error
         except ValueError as error:
