@@ -9,7 +9,8 @@ from attrs import frozen
 
 from omnistep.data.errors import DataError
 from omnistep.data.files.records import Record
-from omnistep.data.pack import pack
+from omnistep.data.pack import PackLimits, pack
+from omnistep.data.patches import ImageRules, Vision, joined, part_of
 from omnistep.data.state import PieceId
 from omnistep.data.transform import Tokens, Transform
 
@@ -66,16 +67,26 @@ class Block:
     at: np.ndarray
     """int64 [pieces, 2]: sample, piece of that sample"""
     losses: Losses
+    vision: tuple[Vision, np.ndarray] | None = None
+    """What all pieces bring beside tokens, and int64 [pieces], where each ends among the patches;
+    None: nothing."""
     plan: tuple[list[list[int]], list[int]] | None = None
     """Full rows and leftovers, as indices of pieces; None: not packed yet."""
 
     def pieces(self, arrival: int) -> list[Piece]:
         """Views of the arrays; `arrival` counts the blocks of a run."""
-        pieces, start = [], 0
-        for end, (sample, number) in zip(self.ends.tolist(), self.at.tolist(), strict=True):
-            learn = None if self.learn is None else self.learn[start:end]
-            pieces.append(Piece(self.ids[start:end], learn, at=(arrival, sample, number)))
-            start = end
+        pieces, start, first = [], 0, 0
+        for i, (sample, number) in enumerate(self.at.tolist()):
+            tokens = slice(start, int(self.ends[i]))
+            learn = None if self.learn is None else self.learn[tokens]
+            vision = None
+            if self.vision is not None:
+                whole, ends = self.vision
+                vision = part_of(whole, tokens, slice(first, int(ends[i])))
+                first = int(ends[i])
+            ids, at = self.ids[tokens], (arrival, sample, number)
+            pieces.append(Piece(ids, learn, vision=vision, at=at))
+            start = tokens.stop
         return pieces
 
 
@@ -97,16 +108,6 @@ class Failure:
 
 
 @frozen
-class PackLimits:
-    """What a row holds. Padded rows are rows of one piece."""
-
-    budget: int
-    """tokens"""
-    most: int
-    """pieces"""
-
-
-@frozen
 class BlockRules:
     """What all blocks of a run have in common."""
 
@@ -117,6 +118,8 @@ class BlockRules:
     """tokens a piece may have"""
     skips: bool = False
     """Skip a record that cannot be read as training data, and count it."""
+    images: ImageRules | None = None
+    """None: the model has no tower."""
 
 
 Answer = Block | Counted | Failure
@@ -206,7 +209,8 @@ def make_block(task: Task, last: bool, samples: Samples, rules: BlockRules) -> B
         ends=np.cumsum(lengths, dtype=np.int64),
         at=np.array(at, np.int64).reshape(-1, 2),
         losses=Losses(skipped, cut, tuple(reasons)),
-        plan=pack(lengths, rules.limits.budget, rules.limits.most) if rules.packs else None,
+        vision=joined([piece.vision for piece in pieces], lengths),
+        plan=pack([piece.size for piece in pieces], rules.limits) if rules.packs else None,
     )
 
 

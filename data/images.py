@@ -18,7 +18,8 @@ from jaxtyping import UInt8
 from PIL.Image import Image
 
 from omnistep.data.errors import DataError
-from omnistep.data.patches import Grid, ImageRules, Sized, patchify, target_sizes
+from omnistep.data.image_sizes import Sized, target_sizes
+from omnistep.data.patches import Grid, ImageRules, patchify
 
 FPS = 24.0
 """Frames a second of a video that does not say; transformers assumes the same."""

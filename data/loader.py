@@ -89,9 +89,10 @@ class Loader:
     def batches(self, state: DataState | None = None) -> Iterator[tuple[Batch, DataState]]:
         """The batches from `state` on, without end; with each the state after it.
 
-        A batch holds this rank's share of the step's rows: leaves are [rows, seq], or
-        [accumulate, rows, seq] where accumulate > 1. Packed: rows = 1, seq =
-        micro_batch_size * max_seq_len; padded: rows = micro_batch_size, seq = max_seq_len.
+        A batch holds this rank's share of the step's rows: leaves are [rows, seq, …], or
+        [accumulate, rows, seq, …] where accumulate > 1. Packed: rows = 1, seq =
+        micro_batch_size * max_seq_len; padded: rows = micro_batch_size, seq = max_seq_len. With
+        `images` it always has patches, as many a row as images.max_patches says in the same way.
         Raises DataError when `state` was made with other data or arguments.
         """
         state = state or DataState()
@@ -132,6 +133,17 @@ class Loader:
             "data.max_seq_len": self.config.max_seq_len,
             "tokens of a row": self.config.limits.budget,
             "pieces of a row": self.config.limits.most,
+            **self._images(),
+        }
+
+    def _images(self) -> dict[str, int | float | str]:
+        images = self.config.images
+        if images is None:
+            return {}
+        rest = attrs.asdict(images, filter=lambda a, _: a.name != "max_patches")
+        return {
+            "data.max_patches": images.max_patches,
+            "the preprocessing of images": " ".join(f"{k}={v}" for k, v in rest.items()),
         }
 
     def close(self) -> None:
@@ -241,7 +253,7 @@ class Loader:
                     "checkpoint"
                 )
             tokens = made[sample][number]
-            pieces.append(Piece(tokens.ids, tokens.learn, at=at))
+            pieces.append(Piece(tokens.ids, tokens.learn, vision=tokens.vision, at=at))
         return pieces
 
     def _one_pass(self, count: bool = False) -> Iterator[Task]:
@@ -313,10 +325,11 @@ class Loader:
         start = config.data_rank * config.rank_rows
         rows: list[Row] = (step + [[]] * self._step_rows)[start : start + config.rank_rows]
         boundaries = "cu_seqlens" if config.rmpad else "positions"
-        batch = assemble(rows, config.row_tokens, self.pad_id, boundaries)
+        sizes = (config.row_tokens, self.pad_id, boundaries, config.images, config.row_patches)
+        batch = assemble(rows, *sizes)
         if config.accumulate > 1:
             axes = (config.accumulate, config.micro_rows)
-            batch = tree_map(lambda leaf: leaf.reshape(*axes, leaf.shape[-1]), batch)
+            batch = tree_map(lambda leaf: leaf.reshape(*axes, *leaf.shape[1:]), batch)
         if config.pin_memory and torch.cuda.is_available():
             batch = tree_map(lambda leaf: leaf.pin_memory(), batch)
         return batch

@@ -5,7 +5,9 @@ from typing import Literal
 from attrs import frozen
 
 from omnistep.data.assemble import most_pieces
-from omnistep.data.blocks import BlockRules, PackLimits
+from omnistep.data.blocks import BlockRules
+from omnistep.data.pack import PackLimits
+from omnistep.data.patches import ImageRules
 
 
 @frozen(kw_only=True)
@@ -31,6 +33,8 @@ class LoaderConfig:
     pin_memory: bool = False
     """Has an effect where CUDA is available."""
     bad_records: Literal["stop", "skip"] = "stop"
+    images: ImageRules | None = None
+    """None: the model has no tower, and batches have no patches."""
     data_rank: int = 0
     data_ranks: int = 1
 
@@ -64,6 +68,13 @@ class LoaderConfig:
         return self.max_seq_len * (self.micro_batch_size if self.packed else 1)
 
     @property
+    def row_patches(self) -> int:
+        """P, the patches a row has room for; 0: the model has no tower."""
+        if self.images is None:
+            return 0
+        return self.images.max_patches * (self.micro_batch_size if self.packed else 1)
+
+    @property
     def micro_rows(self) -> int:
         """Rows of a micro-batch."""
         return 1 if self.packed else self.micro_batch_size
@@ -76,7 +87,8 @@ class LoaderConfig:
     @property
     def limits(self) -> PackLimits:
         budget = self.row_tokens - self.dyn_bsz_margin
-        return PackLimits(budget, most_pieces(self.row_tokens) if self.packed else 1)
+        most = most_pieces(self.row_tokens) if self.packed else 1
+        return PackLimits(budget, most, self.row_patches)
 
     @property
     def rules(self) -> BlockRules:
@@ -85,6 +97,7 @@ class LoaderConfig:
             packs=self.dyn_bsz_runtime == "worker",
             longest=self.longest_piece,
             skips=self.bad_records == "skip",
+            images=self.images,
         )
 
     @property

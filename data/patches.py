@@ -1,6 +1,5 @@
 """Images and videos as the patches that a vision tower reads, and where these stand."""
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
@@ -9,14 +8,10 @@ import numpy as np
 from attrs import frozen
 from jaxtyping import Int32, Int64, UInt8
 
-from omnistep.data.errors import DataError
-
 Resampling = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 """PIL's filters, in the order of their numbers (`resample` in preprocessor_config.json)."""
 
 CHANNELS = 3
-LONGEST_SIDE = 200
-"""An image may be so many times as long as it is wide, or as wide as long."""
 
 
 @frozen(kw_only=True)
@@ -150,109 +145,6 @@ class Grid:
     """Of a video: the seconds from one to the next."""
 
 
-# ---- sizes ---------------------------------------------------------------------------------
-
-
-@frozen
-class Sized:
-    """An image or a video whose patches are to be counted."""
-
-    height: int
-    width: int
-    frames: int = 1
-    """Frames as given; of an image 1."""
-    video: bool = False
-
-
-def target_sizes(shapes: Sequence[Sized], rules: ImageRules) -> list[tuple[int, int]]:
-    """(height, width) in pixels that each image and video of a sample is resized to, by the rule
-    of ImageRules. Raises DataError: too elongated, or over the budget all the same."""
-    for shape in shapes:
-        _check_shape(shape)
-    depths = [-(-shape.frames // rules.frames) if shape.video else 1 for shape in shapes]
-    if rules.size is not None:
-        sizes = [(rules.size, rules.size)] * len(shapes)
-        _check_budget(_patches(sizes, depths, rules), rules, "its images have one size")
-        return sizes
-    sizes = [_any_size(shape, rules) for shape in shapes]
-    wanted = _patches(sizes, depths, rules)
-    if wanted <= rules.max_patches:
-        return sizes
-    _check_budget(rules.unit * sum(depths), rules, "made as small as one token a frame")
-    share = rules.max_patches / wanted
-    while True:
-        smaller = [
-            _shrunk(
-                shape.height,
-                shape.width,
-                math.sqrt(shape.height * shape.width / (share * height * width)),
-                rules.factor,
-            )
-            for shape, (height, width) in zip(shapes, sizes, strict=True)
-        ]
-        if _patches(smaller, depths, rules) <= rules.max_patches:
-            return smaller
-        share *= 0.95  # a side can't be shorter than one unit: what is left is taken elsewhere
-
-
-def _patches(sizes: Sequence[tuple[int, int]], depths: Sequence[int], rules: ImageRules) -> int:
-    return sum(
-        depth * rules.frame_patches(*size) for size, depth in zip(sizes, depths, strict=True)
-    )
-
-
-def _check_shape(shape: Sized) -> None:
-    long, short = max(shape.height, shape.width), min(shape.height, shape.width)
-    if long > LONGEST_SIDE * short:
-        raise DataError(
-            f"an image of {shape.width} x {shape.height} pixels is more than {LONGEST_SIDE} times "
-            "as long as it is wide; take it out or crop it"
-        )
-
-
-def _check_budget(patches: int, rules: ImageRules, how: str) -> None:
-    if patches > rules.max_patches:
-        raise DataError(
-            f"its images have {patches} patches ({how}), a sample may have {rules.max_patches} "
-            "(data.max_patches): raise that, or give fewer images"
-        )
-
-
-def _any_size(shape: Sized, rules: ImageRules) -> tuple[int, int]:
-    """Multiples of the factor near the image's own size, within the bounds on its pixels:
-    transformers' smart_resize of models/qwen2_vl/image_processing_pil_qwen2_vl.py, and of
-    models/qwen3_vl/video_processing_qwen3_vl.py, which counts the pixels of all frames."""
-    height, width, factor = shape.height, shape.width, rules.factor
-    least, most = rules.min_pixels, rules.max_pixels
-    if shape.video:
-        least, most = rules.video_min_pixels, rules.video_max_pixels
-    count, rounded = 1, 1
-    if shape.video and rules.timestamps:
-        count = max(shape.frames, rules.frames)
-        rounded = round(count / rules.frames) * rules.frames
-        if min(height, width) < factor:
-            scale = max(factor / height, factor / width)
-            height, width = int(height * scale), int(width * scale)
-    high, wide = (round(side / factor) * factor for side in (height, width))
-    if rounded * high * wide > most:
-        return _shrunk(height, width, math.sqrt(count * height * width / most), factor)
-    if rounded * high * wide < least:
-        beta = math.sqrt(least / (count * height * width))
-        return (
-            math.ceil(height * beta / factor) * factor,
-            math.ceil(width * beta / factor) * factor,
-        )
-    return high, wide
-
-
-def _shrunk(height: int, width: int, by: float, factor: int) -> tuple[int, int]:
-    """Both sides divided, and rounded down to the factor, but not to 0."""
-    return (
-        max(factor, math.floor(height / by / factor) * factor),
-        max(factor, math.floor(width / by / factor) * factor),
-    )
-
-
 # ---- patches -------------------------------------------------------------------------------
 
 
@@ -343,3 +235,48 @@ def unit_places(grid: Grid, rules: ImageRules) -> Int64[np.ndarray, "time tokens
     place[order] = np.arange(len(order))
     stride = len(order) + rules.class_token
     return place + rules.class_token + stride * np.arange(grid.time)[:, None]
+
+
+# ---- many pieces' at once ------------------------------------------------------------------
+
+
+def joined(
+    visions: Sequence[Vision | None], lengths: Sequence[int]
+) -> tuple[Vision, Int64[np.ndarray, "pieces"]] | None:
+    """What pieces of these lengths in tokens bring, in arrays one piece after another, and where
+    each ends among the patches; None: no piece brings anything. Bounds, units and rope stay each
+    piece's own."""
+    some = [vision for vision in visions if vision is not None]
+    if not some:
+        return None
+    units, ropes = [], []
+    for vision, length in zip(visions, lengths, strict=True):
+        units.append(np.full(length, -1, np.int32) if vision is None else vision.units)
+        if some[0].rope is not None:
+            ropes.append(np.zeros((length, 3), np.int32) if vision is None else vision.rope)
+    whole = Vision(
+        pixels=np.concatenate([vision.pixels for vision in some]),
+        places=np.concatenate([vision.places for vision in some]),
+        frames=np.concatenate([vision.frames for vision in some]),
+        windows=None
+        if some[0].windows is None
+        else np.concatenate([vision.windows for vision in some if vision.windows is not None]),
+        units=np.concatenate(units),
+        rope=np.concatenate(ropes) if ropes else None,
+    )
+    counts = [0 if vision is None else len(vision.pixels) for vision in visions]
+    return whole, np.cumsum(counts, dtype=np.int64)
+
+
+def part_of(whole: Vision, tokens: slice, patches: slice) -> Vision | None:
+    """Views of what one of the joined pieces brings; None: nothing."""
+    if patches.start == patches.stop:
+        return None
+    return Vision(
+        pixels=whole.pixels[patches],
+        places=whole.places[patches],
+        frames=whole.frames[patches],
+        windows=None if whole.windows is None else whole.windows[patches],
+        units=whole.units[tokens],
+        rope=None if whole.rope is None else whole.rope[tokens],
+    )

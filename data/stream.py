@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from attrs import frozen
 
-from omnistep.data.blocks import Block, Losses, PackLimits, Piece
-from omnistep.data.pack import pack
+from omnistep.data.blocks import Block, Losses, Piece
+from omnistep.data.pack import PackLimits, pack
 
 WAIT_BLOCKS = 8
 """A piece that found no full row in so many blocks is given in a row that is not full."""
@@ -39,7 +39,7 @@ def arrivals(
     epoch = 0
     for number, block in enumerate(blocks, number):  # noqa: B020 (it starts at the number given)
         new = block.pieces(number)
-        full, left = block.plan or pack([len(p.ids) for p in new], limits.budget, limits.most)
+        full, left = block.plan or pack([piece.size for piece in new], limits)
         due = sum(piece.at[0] <= number - WAIT_BLOCKS for piece in held)
         rows, still = _repack([*held, *(new[i] for i in left)], limits, due)
         rows += [[new[i] for i in row] for row in full]
@@ -55,5 +55,5 @@ def arrivals(
 def _repack(
     pieces: Sequence[Piece], limits: PackLimits, due: int
 ) -> tuple[list[list[Piece]], list[Piece]]:
-    rows, left = pack([len(piece.ids) for piece in pieces], limits.budget, limits.most, due)
+    rows, left = pack([piece.size for piece in pieces], limits, due)
     return [[pieces[i] for i in row] for row in rows], [pieces[i] for i in left]

@@ -9,6 +9,7 @@ from attrs import frozen
 from omnistep.data.chat import Message, Template
 from omnistep.data.errors import DataError
 from omnistep.data.files.records import Record
+from omnistep.data.pack import Size
 from omnistep.data.patches import Vision
 from omnistep.data.tokenizer import Tokenizer
 
@@ -29,6 +30,10 @@ class Tokens:
     @property
     def patches(self) -> int:
         return 0 if self.vision is None else len(self.vision.pixels)
+
+    @property
+    def size(self) -> Size:
+        return len(self.ids), self.patches
 
 
 Transform = Callable[[Record], list[Tokens]]

@@ -14,8 +14,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from omnistep.data.errors import DataError
+from omnistep.data.image_sizes import Sized, target_sizes
 from omnistep.data.images import Clip, Source, open_clip, see
-from omnistep.data.patches import ImageRules, Sized, bounds_of, target_sizes, unit_places
+from omnistep.data.patches import ImageRules, bounds_of, unit_places
 
 QWEN2 = {"patch": 14, "frames": 2, "merge": 2}
 QWEN3 = {"patch": 16, "frames": 2, "merge": 2}

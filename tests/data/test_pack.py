@@ -8,35 +8,44 @@ from hypothesis import strategies as st
 
 from omnistep.core.batch import segment_starts
 from omnistep.data.assemble import assemble, most_pieces
-from omnistep.data.pack import first_fit, pack, prefix
+from omnistep.data.pack import PackLimits, first_fit, pack, prefix
 from omnistep.data.steps import packed_steps, padded_steps
 from omnistep.data.transform import Tokens
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=60)
 
 
-@given(LENGTHS, st.integers(1, 60), st.integers(1, 9))
-def test_rows_within_budget_and_every_piece_once(lengths, budget, most):
-    rows = first_fit(lengths, budget, most)
-    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+SIZES = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 30)), max_size=60)
+
+
+def text(lengths):
+    return [(length, 0) for length in lengths]
+
+
+@given(SIZES, st.integers(1, 60), st.integers(30, 50), st.integers(1, 9))
+def test_rows_within_limits_and_every_piece_once(sizes, budget, patches, most):
+    rows = first_fit(sizes, PackLimits(budget, most, patches))
+    assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
     for row in rows:
         assert row == sorted(row)
         assert len(row) <= most
-        assert len(row) == 1 or sum(lengths[i] for i in row) <= budget
+        assert len(row) == 1 or sum(sizes[i][0] for i in row) <= budget
+        assert sum(sizes[i][1] for i in row) <= patches
     assert rows == sorted(rows)
 
 
-@given(LENGTHS, st.integers(40, 60), st.integers(1, 9), st.integers(0, 60))
-def test_given_and_waiting(lengths, budget, most, due):
-    rows, left = pack(lengths, budget, most, due)
-    assert sorted([i for row in rows for i in row] + left) == list(range(len(lengths)))
+@given(SIZES, st.integers(40, 60), st.integers(30, 50), st.integers(1, 9), st.integers(0, 60))
+def test_given_and_waiting(sizes, budget, patches, most, due):
+    rows, left = pack(sizes, PackLimits(budget, most, patches), due)
+    assert sorted([i for row in rows for i in row] + left) == list(range(len(sizes)))
     assert left == sorted(left)
     assert all(i >= due for i in left)
     for row in rows:
-        full = sum(lengths[i] for i in row) >= budget - budget / 64
+        tokens, images = (sum(sizes[i][kind] for i in row) for kind in (0, 1))
+        full = tokens >= budget - budget / 64 or images >= patches - patches / 64
         assert full or len(row) == most or row[0] < due
     if most == 1:
-        assert rows == [[i] for i in range(len(lengths))]
+        assert rows == [[i] for i in range(len(sizes))]
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.integers(1, 200))
@@ -47,16 +56,34 @@ def test_prefix(lengths, budget):
 
 
 def test_full_rows_do_not_wait():
-    assert pack([64, 40, 63, 24, 9], 64, 8) == ([[0], [1, 3], [2]], [4])
-    assert pack([64, 40, 63, 24, 9], 64, 8, due=5)[1] == []
+    limits = PackLimits(64, 8)
+    assert pack(text([64, 40, 63, 24, 9]), limits) == ([[0], [1, 3], [2]], [4])
+    assert pack(text([64, 40, 63, 24, 9]), limits, due=5)[1] == []
+    limits = PackLimits(64, 8, patches=10)
+    assert pack([(9, 10), (8, 9), (7, 0), (6, 1)], limits) == ([[0, 2], [1, 3]], [])
+    assert pack([(9, 9), (8, 9)], limits) == ([], [0, 1])
 
 
 def test_rows_are_filled():
     """Long-tailed lengths, 512 pieces: 98 % of the tokens of the rows are used."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(6, 0.9, 512), 8, 2048).astype(int).tolist()
-    rows = first_fit(lengths, 2048, 256)
+    rows = first_fit(text(lengths), PackLimits(2048, 256))
     assert sum(lengths) > 0.98 * 2048 * (len(rows) - 1)
+
+
+def test_text_fills_up_the_rows_that_images_have_filled():
+    """Short texts with many patches beside long ones with none: rows are within 4 % of the fewest
+    there can be by either count."""
+    rng = np.random.default_rng(0)
+    seen = [(int(p) // 4 + 30, int(p)) for p in 4 * rng.integers(60, 250, 256)]
+    read = [(int(n), 0) for n in rng.integers(100, 900, 256)]
+    sizes = [size for pair in zip(seen, read, strict=True) for size in pair]
+    patches = 2048
+    budget = int(patches * sum(n for n, _ in sizes) / sum(p for _, p in sizes))
+    rows = first_fit(sizes, PackLimits(budget, 256, patches))
+    fewest = max(sum(n for n, _ in sizes) / budget, sum(p for _, p in sizes) / patches)
+    assert len(rows) <= 1.04 * fewest
 
 
 @st.composite
