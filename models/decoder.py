@@ -125,8 +125,8 @@ def make_stages(
     compile: bool = True,
 ) -> Stages:
     """Summed next-token cross entropy in nats, each target times its weight, in the stages of a
-    pipeline: the embedding and the tower, the layers, the loss. With experts, what travels along the layers is
-    models/balance.py's dict, of which "x" is the hidden state.
+    pipeline: the embedding and the tower, the layers, the loss. With experts, what travels along
+    the layers is models/balance.py's dict, of which "x" is the hidden state.
 
     On a mesh every rank gets the whole rows of its data rank and takes its share of the tokens
     itself. `compile`: each kind of layer and the softmax are compiled; the rest, a small part of
