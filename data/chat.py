@@ -11,8 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import attrs
 import jinja2
 from attrs import field, frozen
 from jinja2 import nodes
@@ -20,9 +21,13 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from omnistep.data.errors import DataError
+from omnistep.data.patches import ImageRules
 from omnistep.data.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
+Contents = Literal["as given", "texts", "parts"]
+"""What a template takes for a message's content: texts, or parts where there are images (as
+transformers hands them on); texts alone; parts alone."""
 Span = tuple[int, int]
 """From the first character of a text to learn to behind its last."""
 
@@ -39,6 +44,8 @@ _NEEDED_TOKENS = {
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 }
 """What a built-in template takes for one token."""
+_AROUND_IMAGES = {"qwen2vl": ("<|vision_start|>", "<|vision_end|>")}
+"""The same where there are images."""
 
 
 @frozen(eq=False)
@@ -50,6 +57,10 @@ class Template:
     jinja: str = field(repr=False)
     special_tokens: Mapping[str, str] = field(factory=dict, repr=False)
     """bos_token, eos_token, … as templates name them"""
+    contents: Contents = "as given"
+    image: str = ""
+    video: str = ""
+    """What stands for an image, for a video, where `contents` are texts."""
 
     def render(
         self,
@@ -120,7 +131,7 @@ class Template:
         """With BEGIN and END around what stands in `{% generation %}`."""
         try:
             return _compiled(self.jinja).render(
-                messages=list(messages),
+                messages=[self._taken(message) for message in messages],
                 tools=tools,
                 documents=None,
                 add_generation_prompt=prompt,
@@ -130,6 +141,17 @@ class Template:
             raise DataError(
                 f"the chat template ({self.name}) does not take this conversation: {error}"
             ) from error
+
+    def _taken(self, message: Message) -> Message:
+        """The message with its content as the template takes it."""
+        content = message.get("content")
+        if self.contents == "texts" and isinstance(content, list):
+            written = {"image": self.image, "video": self.video}
+            texts = (written.get(part["type"]) or part.get("text", "") for part in content)
+            return {**message, "content": "".join(texts)}
+        if self.contents == "parts" and isinstance(content, str):
+            return {**message, "content": [{"type": "text", "text": content}]}
+        return message
 
     def _content_spans(
         self,
@@ -162,21 +184,27 @@ class Template:
         )
 
 
-def open_template(name: str, tokenizer: Tokenizer) -> Template:
+def open_template(name: str, tokenizer: Tokenizer, images: ImageRules | None = None) -> Template:
     """`data.chat_template`: a built-in name, `tokenizer` for the tokenizer's own, or a Jinja file.
+    `images`: of a model that takes them.
+
+    A built-in template writes the model's token for each image, qwen2vl with its own around it. Any
+    other gets parts, if it then writes the model's image token; else the token within the text.
 
     Raises DataError: no such template, or one that takes for one token what the tokenizer splits.
     """
     special = special_tokens(Path(tokenizer.path).parent)
+    written = _image_tokens(tokenizer, images)
     if name == "tokenizer":
         if tokenizer.chat_template is None:
             raise DataError(
                 f"data.chat_template is tokenizer, but {tokenizer.path} has no chat template; "
                 f"choose one of {', '.join(builtin_templates())}, or give a Jinja file"
             )
-        return Template("the tokenizer's own", tokenizer.chat_template, special)
+        return _fitted(Template("the tokenizer's own", tokenizer.chat_template, special, **written))
     if name in builtin_templates():
-        missing = [t for t in _NEEDED_TOKENS.get(name, ()) if tokenizer.token_id(t) is None]
+        needed = _NEEDED_TOKENS.get(name, ()) + (_AROUND_IMAGES.get(name, ()) if images else ())
+        missing = [token for token in needed if tokenizer.token_id(token) is None]
         if missing:
             raise DataError(
                 f"data.chat_template {name} needs the tokens {', '.join(missing)}, which the "
@@ -184,14 +212,42 @@ def open_template(name: str, tokenizer: Tokenizer) -> Template:
             )
         eos = special.get("eos_token") or tokenizer.decode([tokenizer.eos_id])
         special = {"bos_token": "", **special, "eos_token": eos}
-        return Template(name, (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"), special)
+        jinja = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+        # in the template itself, so that it is exported with it
+        sets = [f"{{%- set {kind}_token = {text!r} -%}}\n" for kind, text in written.items()]
+        return Template(name, "".join(sets) + jinja, special, **written)
     file = Path(name).expanduser()
     if not file.is_file():
         raise DataError(
             f"data.chat_template {name!r} is no file and no built-in template; these are "
             f"{', '.join(builtin_templates())}, and `tokenizer` for the tokenizer's own"
         )
-    return Template(name, file.read_text(encoding="utf-8"), special)
+    return _fitted(Template(name, file.read_text(encoding="utf-8"), special, **written))
+
+
+def _image_tokens(tokenizer: Tokenizer, images: ImageRules | None) -> dict[str, str]:
+    """The texts of the model's tokens for images and videos."""
+    if images is None:
+        return {}
+    tokens = {"image": images.image_token, "video": images.video_token}
+    return {kind: tokenizer.text_of(i) for kind, i in tokens.items() if i is not None}
+
+
+def _fitted(template: Template) -> Template:
+    """With `contents` as the template turns out to take them."""
+    if not template.image:
+        return template
+
+    def shown(content: Any) -> str:
+        try:
+            return template.render([{"role": "user", "content": content}])
+        except DataError:
+            return ""
+
+    word = "seen"
+    if shown([{"type": "image"}, {"type": "text", "text": word}]).count(template.image) != 1:
+        return attrs.evolve(template, contents="texts")
+    return template if word in shown(word) else attrs.evolve(template, contents="parts")
 
 
 def builtin_templates() -> list[str]:
@@ -225,15 +281,20 @@ def _spans(marked: str) -> list[Span]:
 
 def _mark(message: Message) -> Message:
     """The message with markers around its content, inside any blanks, so that a template may
-    strip it. With tool calls the last one's name is the end. Raises DataError when it is empty."""
-    content = message.get("content") or ""
-    core, calls = content.strip(), _calls(message)
-    if not core and not calls:
-        raise DataError(f"a message of role {message['role']} is to be learnt, but it is empty")
+    strip it; of parts around their texts. With tool calls the last one's name is the end. Raises
+    DataError when it is empty."""
+    content, calls = message.get("content") or "", _calls(message)
     marked = dict(message)
-    if core:
-        before, after = content.split(core, 1)[0], content.rpartition(core)[2]
-        marked["content"] = before + START + core + ("" if calls else STOP) + after
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+    filled = [i for i, part in enumerate(parts) if part.get("text", "").strip()]
+    if not filled and not calls:
+        raise DataError(f"a message of role {message['role']} is to be learnt, but it has no text")
+    if filled:
+        first, last = filled[0], filled[-1]
+        parts[first] = _around(parts[first], START, "")
+        if not calls:
+            parts[last] = _around(parts[last], "", STOP)
+        marked["content"] = parts[0]["text"] if isinstance(content, str) else parts
     if calls:
         last = calls[-1]
         inner = last.get("function", last)
@@ -243,13 +304,21 @@ def _mark(message: Message) -> Message:
     return marked
 
 
+def _around(part: Mapping[str, Any], before: str, after: str) -> dict[str, Any]:
+    """A part of text with these around what is not blank of it."""
+    core = part["text"].strip()
+    head, _, tail = part["text"].partition(core)
+    return {**part, "text": head + before + core + after + tail}
+
+
 def _calls(message: Message) -> Sequence[Any]:
     return message.get("tool_calls") or ()
 
 
 @lru_cache(maxsize=16)
-def _ends(name: str, jinja: str, special: tuple[tuple[str, str], ...]) -> tuple[str, str]:
-    template = Template(name, jinja, dict(special))
+def _turn_ends(template: Template) -> tuple[str, str]:
+    """What a template without `{% generation %}` writes between a user's turn and the assistant's
+    words, as far as it is also the generation prompt; and what it writes after them."""
     user, assistant = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
     asked = template.render([user])
     prompt = template.render([user], add_generation_prompt=True)
@@ -260,12 +329,6 @@ def _ends(name: str, jinja: str, special: tuple[tuple[str, str], ...]) -> tuple[
     given, taken = prompt[len(asked) :], marked[len(asked) : marked.index(START)]
     alike = [a == b for a, b in zip(given, taken, strict=False)] + [False]
     return given[: alike.index(False)], answered.partition(STOP)[2].rstrip()
-
-
-def _turn_ends(template: Template) -> tuple[str, str]:
-    """What a template without `{% generation %}` writes between a user's turn and the assistant's
-    words, as far as it is also the generation prompt; and what it writes after them."""
-    return _ends(template.name, template.jinja, tuple(sorted(template.special_tokens.items())))
 
 
 # ---- Jinja ---------------------------------------------------------------------------------

@@ -7,10 +7,9 @@ import numpy as np
 from attrs import frozen
 from jaxtyping import Bool, Int32
 
+from omnistep.data.chat import Span
 from omnistep.data.errors import DataError
 from omnistep.data.patches import Grid, ImageRules, Vision, bounds_of, unit_places
-
-Span = tuple[int, int]
 
 
 @frozen(eq=False)

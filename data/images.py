@@ -238,9 +238,10 @@ def _decoding(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         what = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{name} can't be decoded: {short(what, 160)}") from error
+        raise DataError(f"{name} can't be decoded: {what[:160]}") from error
 
 
 def short(value: Any, most: int = 80) -> str:
-    text = value if isinstance(value, str) else repr(value)
+    """A value in an error."""
+    text = repr(value)
     return text if len(text) <= most else f"{text[:most]}…"

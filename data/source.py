@@ -71,6 +71,7 @@ class FileStream:
 
     paths: tuple[str, ...]
     keys: tuple[str, ...]
+    beside: tuple[str, ...] = ()
 
     @property
     def files(self) -> int:
@@ -83,26 +84,28 @@ class FileStream:
 
     def open(self, file: int) -> Iterator[Unread]:
         """The records of one of the files; see formats.stream_file."""
-        return stream_file(self.paths[file], self.keys)
+        return stream_file(self.paths[file], self.keys, self.beside)
 
 
 def open_source(
     path: str,
     keys: str | Sequence[str] = ("content_split",),
     *,
+    beside: Sequence[str] = (),
     argument: str = "data.train_path",
 ) -> Files:
     """Indexes the files that `path` names; their content stays on disk.
 
     `path`: a file, a directory (the data files directly in it), a glob, or a comma-separated
     list of these; kinds may be mixed. Directories and globs are sorted by name; a file named
-    twice is read once. `keys`: the fields wanted of each record, the first present wins.
+    twice is read once. `keys`: the fields wanted of each record, the first present wins; `beside`:
+    columns that are read with them where there are any.
     `argument`: where `path` was given, for errors. Raises DataError: nothing there, an ending
     that cannot be read, no records.
     """
     keys = key_names(keys)
     paths = readable_files(path, argument=argument)
-    readers = tuple(index_file(name, keys) for name in paths)
+    readers = tuple(index_file(name, keys, beside) for name in paths)
     starts = tuple(accumulate((len(reader) for reader in readers), initial=0))
     if starts[-1] == 0:
         names = ", ".join(paths[:5]) + (", …" if len(paths) > 5 else "")
@@ -114,13 +117,15 @@ def open_stream(
     path: str,
     keys: str | Sequence[str] = ("content_split",),
     *,
+    beside: Sequence[str] = (),
     argument: str = "data.train_path",
 ) -> FileStream:
     """The files that `path` names, not opened yet; arguments and errors as for `open_source`.
 
     Whether they hold any record only reading them shows.
     """
-    return FileStream(tuple(readable_files(path, argument=argument)), key_names(keys))
+    paths = tuple(readable_files(path, argument=argument))
+    return FileStream(paths, key_names(keys), tuple(beside))
 
 
 def key_names(keys: str | Sequence[str]) -> tuple[str, ...]:

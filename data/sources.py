@@ -19,8 +19,16 @@ from omnistep.data.chat import open_template
 from omnistep.data.errors import DataError
 from omnistep.data.files.records import Record
 from omnistep.data.mapping import MappingReader, Part
+from omnistep.data.messages import VIDEO_KEYS
 from omnistep.data.order import Shuffled, mix
-from omnistep.data.source import BLOCK_SAMPLES, Source, key_names, open_source, open_stream
+from omnistep.data.source import (
+    BLOCK_SAMPLES,
+    Files,
+    Source,
+    key_names,
+    open_source,
+    open_stream,
+)
 from omnistep.data.streaming import Stream, StreamReader, Unread
 from omnistep.data.tokenizer import Tokenizer
 from omnistep.data.transform import Conversation, Plaintext, Transform
@@ -28,6 +36,8 @@ from omnistep.data.transform import Conversation, Plaintext, Transform
 DataType = Literal["plaintext", "conversation"]
 SHUFFLED_RECORDS, SHUFFLED_PARTS = 512, 32
 """The shuffle buffer of streams, unless it is given: in records, in 16 KiB parts of a .txt."""
+BLOCK_PIXELS, FEWEST_SAMPLES = 64 << 20, 8
+"""A block holds images of at most so many bytes where that leaves it so many samples."""
 
 
 @frozen(kw_only=True)
@@ -41,7 +51,15 @@ class Described:
     datasets_type: str = "mapping"
     text_keys: tuple[str, ...] = attrs.field(default=("content_split",), converter=key_names)
     chat_template: str = "default"
+    image_keys: tuple[str, ...] = attrs.field(default=("images",), converter=key_names)
     shuffle_buffer: int | None = None
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Fields that belong to a conversation, where a record has them."""
+        if self.data_type == "plaintext":
+            return ()
+        return ("tools", *self.image_keys, *VIDEO_KEYS)
 
 
 @frozen(kw_only=True)
@@ -71,26 +89,54 @@ def open_reader(described: Described, tokenizer: Tokenizer, rules: BlockRules, s
             "set data.datasets_type to mapping"
         )
     if kind == "iterable":
-        keys = described.text_keys
-        stream = open_stream(described.path, keys, argument=described.argument)
-        buffer = described.shuffle_buffer or (
-            SHUFFLED_PARTS if stream.only_text else SHUFFLED_RECORDS
+        stream = open_stream(
+            described.path,
+            described.text_keys,
+            beside=described.beside,
+            argument=described.argument,
         )
-        transform = make_transform(described, tokenizer, rules.longest)
+        buffer = described.shuffle_buffer or _samples(
+            SHUFFLED_PARTS if stream.only_text else SHUFFLED_RECORDS, rules
+        )
+        transform = make_transform(described, tokenizer, rules)
         return StreamReader(stream, transform, buffer, seed, rules)
     if weighted:
         return _mixture(described, tokenizer, rules, seed)
-    source = open_source(described.path, described.text_keys, argument=described.argument)
-    part = Part("data", source, make_transform(described, tokenizer, rules.longest))
+    source = _source(described)
+    part = Part("data", source, make_transform(described, tokenizer, rules))
     order = Shuffled(len(source), seed)
-    return MappingReader((part,), order, source.block_samples, rules)
+    return MappingReader((part,), order, _samples(source.block_samples, rules), rules)
 
 
-def make_transform(described: Described, tokenizer: Tokenizer, longest: int) -> Transform:
+def make_transform(described: Described, tokenizer: Tokenizer, rules: BlockRules) -> Transform:
     if described.data_type == "plaintext":
-        return Plaintext(tokenizer, longest, described.text_keys)
-    template = open_template(described.chat_template, tokenizer)
-    return Conversation(tokenizer, longest, template, described.text_keys)
+        return Plaintext(tokenizer, rules.longest, described.text_keys)
+    template = open_template(described.chat_template, tokenizer, rules.images)
+    return Conversation(
+        tokenizer,
+        rules.longest,
+        template,
+        described.text_keys,
+        rules.images,
+        described.image_keys,
+    )
+
+
+def _source(described: Described) -> Files:
+    return open_source(
+        described.path,
+        described.text_keys,
+        beside=described.beside,
+        argument=described.argument,
+    )
+
+
+def _samples(usual: int, rules: BlockRules) -> int:
+    """Of a block: fewer where images would make it large."""
+    if rules.images is None:
+        return usual
+    most = BLOCK_PIXELS // (rules.images.max_patches * rules.images.values)
+    return min(usual, max(FEWEST_SAMPLES, most))
 
 
 # ---- weighted sources ----------------------------------------------------------------------
@@ -109,11 +155,11 @@ def _mixture(described: Described, tokenizer: Tokenizer, rules: BlockRules, seed
             own["text_keys"] = TEXT_KEYS[own["data_type"]]
         argument = f"{described.path}, source {entry.name}"
         inner = attrs.evolve(described, path=entry.path, argument=argument, **own)
-        source = open_source(inner.path, inner.text_keys, argument=argument)
-        transform = make_transform(inner, tokenizer, rules.longest)
+        source = _source(inner)
+        transform = make_transform(inner, tokenizer, rules)
         parts.append(Part(entry.name or "", source, transform))
     order = mix([len(part.source) for part in parts], [entry.weight for entry in listed], seed)
-    block = min(part.source.block_samples for part in parts)
+    block = _samples(min(part.source.block_samples for part in parts), rules)
     return MappingReader(tuple(parts), order, block, rules)
 
 
@@ -192,7 +238,7 @@ class Iterated:
 def _custom(described: Described, tokenizer: Tokenizer, rules: BlockRules, seed: int) -> Reader:
     name = described.datasets_type
     dataset = _load(name)(described.path)
-    transform = make_transform(described, tokenizer, rules.longest)
+    transform = make_transform(described, tokenizer, rules)
     if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
         source: Source = Indexed(dataset, name)
         if len(source) == 0:
@@ -203,14 +249,16 @@ def _custom(described: Described, tokenizer: Tokenizer, rules: BlockRules, seed:
                 "has random access, and all of that is shuffled: leave it out"
             )
         order = Shuffled(len(source), seed)
-        return MappingReader((Part("data", source, transform),), order, BLOCK_SAMPLES, rules)
+        return MappingReader(
+            (Part("data", source, transform),), order, _samples(BLOCK_SAMPLES, rules), rules
+        )
     if not hasattr(dataset, "__iter__") or iter(dataset) is dataset:
         raise DataError(
             f"data.datasets_type {name} returned a {type(dataset).__name__}; it must return what "
             "has __len__ and __getitem__, or what iter() can start again and again"
         )
     stream: Stream = Iterated(dataset, name)
-    buffer = described.shuffle_buffer or SHUFFLED_RECORDS
+    buffer = described.shuffle_buffer or _samples(SHUFFLED_RECORDS, rules)
     return StreamReader(stream, transform, buffer, seed, rules)
 
 

@@ -47,6 +47,16 @@ class Tokenizer:
         """Id of one entry of the vocabulary, such as `<|im_end|>`; None when there is none."""
         return self.backend.token_to_id(token)
 
+    def text_of(self, token: int | None) -> str:
+        """One entry of the vocabulary, by its id. Raises DataError when there is none."""
+        text = None if token is None else self.backend.id_to_token(token)
+        if text is None:
+            raise DataError(
+                f"the tokenizer {self.path} has no token of id {token}, which the model's "
+                "config.json names for images: set model.tokenizer_path to this model's tokenizer"
+            )
+        return text
+
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Reads a directory with tokenizer.json, or that file itself.

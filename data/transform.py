@@ -1,16 +1,21 @@
 """From a record to the pieces that are packed: tokens, and which of them are learnt."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import attrs
 import numpy as np
 from attrs import frozen
+from jaxtyping import Bool, Int32
 
-from omnistep.data.chat import Message, Template
+from omnistep.data.chat import Span, Template
 from omnistep.data.errors import DataError
 from omnistep.data.files.records import Record
+from omnistep.data.image_tokens import expand, with_times
+from omnistep.data.images import Clip, open_clip, see
+from omnistep.data.messages import read_messages
 from omnistep.data.pack import Size
-from omnistep.data.patches import Vision
+from omnistep.data.patches import ImageRules, Vision
 from omnistep.data.tokenizer import Tokenizer
 
 
@@ -58,77 +63,91 @@ class Plaintext:
 
 @frozen(eq=False)
 class Conversation:
-    """Render by the chat template, tokenise; learn the assistant's turns. What is longer than
-    `max_len` tokens is cut at the front, so that the last turn stays."""
+    """Render by the chat template, tokenise; learn the assistant's turns, but not what stands for
+    images in them.
+
+    What is longer than `max_len` tokens is cut at the front, so that the last turn stays; a
+    conversation that would lose an image by that is refused.
+    """
 
     tokenizer: Tokenizer
     max_len: int
     template: Template
     keys: Sequence[str] = ("messages",)
+    images: ImageRules | None = None
+    """None: the model takes none."""
+    image_keys: Sequence[str] = ("images",)
 
     def __call__(self, record: Record) -> list[Tokens]:
-        messages = messages_of(record, self.keys)
+        key, content = field_of(record, self.keys)
+        image_keys = None if self.images is None else self.image_keys
+        said = read_messages(record, content, key, image_keys)
         tools = None if isinstance(record.content, str) else record.content.get("tools")
         try:
-            text, spans = self.template.learnt(messages, tools)
+            text, spans = self.template.learnt(said.messages, tools)
+            if not spans:
+                roles = ", ".join(sorted({message["role"] for message in said.messages}))
+                raise DataError(f"nothing to learn, no message of role assistant (roles: {roles})")
+            clips = [open_clip(source, record.folder) for source in said.sources]
+            tokens = tokens_of(text, spans, clips, self.tokenizer, self.images)
+            return [_cut(tokens, self.max_len)]
         except DataError as error:
             raise DataError(f"{record.where}: {error}") from error
-        if not spans:
-            roles = ", ".join(sorted({message["role"] for message in messages}))
+
+
+def tokens_of(
+    text: str,
+    spans: Sequence[Span],
+    clips: Sequence[Clip],
+    tokenizer: Tokenizer,
+    images: ImageRules | None,
+) -> Tokens:
+    """The tokens of a rendered conversation, in which one token stands for each of its images and
+    videos; `spans` are the parts to learn. Raises DataError where these do not fit together."""
+    if images is None:
+        return Tokens(*_tokenised(text, spans, tokenizer))
+    pixels, grids = see(clips, images)
+    if images.timestamps and images.video_token is not None:
+        token, *around = (
+            tokenizer.text_of(i)
+            for i in (images.video_token, images.vision_start, images.vision_end)
+        )
+        text, spans = with_times(text, spans, grids, token, (around[0], around[1]))
+    made = expand(*_tokenised(text, spans, tokenizer), pixels, grids, images)
+    return Tokens(made.ids, made.learn, vision=made.vision if grids else None)
+
+
+def _tokenised(
+    text: str, spans: Sequence[Span], tokenizer: Tokenizer
+) -> tuple[Int32[np.ndarray, "tokens"], Bool[np.ndarray, "tokens"]]:
+    """Ids, and which of them are to be learnt."""
+    ids, offsets = tokenizer.encode_with_offsets(text)
+    learnt = np.zeros(len(text) + 1, np.int64)  # characters to learn before each one
+    for start, stop in spans:
+        learnt[start + 1 : stop + 1] = 1
+    learnt = learnt.cumsum()
+    return ids, learnt[offsets[:, 1]] > learnt[offsets[:, 0]]
+
+
+def _cut(tokens: Tokens, longest: int) -> Tokens:
+    """The last `longest` tokens."""
+    cut, vision = max(0, len(tokens.ids) - longest), tokens.vision
+    if cut and vision is not None:
+        if cut >= (first := int(np.argmax(vision.units >= 0))):
             raise DataError(
-                f"{record.where}: nothing to learn, no message of role assistant (roles: {roles})"
+                f"it has {len(tokens.ids)} tokens; to cut it to {longest} (data.max_seq_len) would "
+                f"take away images, which begin at token {first}: raise data.max_seq_len, or set "
+                "a smaller data.max_patches"
             )
-        ids, offsets = self.tokenizer.encode_with_offsets(text)
-        learnt = np.zeros(len(text) + 1, np.int64)  # characters to learn before each one
-        for start, stop in spans:
-            learnt[start + 1 : stop + 1] = 1
-        learnt = learnt.cumsum()
-        learn = learnt[offsets[:, 1]] > learnt[offsets[:, 0]]
-        cut = max(0, len(ids) - self.max_len)
-        if not learn[cut + 1 :].any():
-            raise DataError(
-                f"{record.where}: nothing to learn in its last {self.max_len} tokens "
-                "(data.max_seq_len); the assistant speaks before them"
-            )
-        return [Tokens(ids[cut:], learn[cut:], cut)]
-
-
-def messages_of(record: Record, keys: Sequence[str]) -> list[Message]:
-    """The messages of a record: under the first of `keys` that is present, each with a role and a
-    content of text (or parts that are all text). Raises DataError that names the message."""
-    key, value = field_of(record, keys)
-    if not isinstance(value, list) or not value:
-        kind = "an empty list" if value == [] else f"a {type(value).__name__}"
-        raise DataError(f"{record.where}: {key!r} must hold a list of messages, it holds {kind}")
-    return [
-        _message(message, f"{record.where}, message {number}")
-        for number, message in enumerate(value, 1)
-    ]
-
-
-def _message(message: Any, where: str) -> Message:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise DataError(f"{where}: expected {{role, content}}, got {_short(message)}")
-    if message.get("loss_mask", 0) not in (0, 1):
-        raise DataError(f"{where}: loss_mask is 0 or 1, got {_short(message['loss_mask'])}")
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "".join(_text_part(part, where) for part in content)
-    if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-        raise DataError(f"{where}: the content must be a text, it is {_short(content)}")
-    # columns of a table are there for every row: what is None is not given
-    return {**{k: v for k, v in message.items() if v is not None}, "content": content or ""}
-
-
-def _text_part(part: Any, where: str) -> str:
-    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part["text"], str):
-        return part["text"]
-    raise DataError(f"{where}: only parts of type text are available yet, got {_short(part)}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
+        rope = None if vision.rope is None else vision.rope[cut:] - cut  # the cut part is all text
+        vision = attrs.evolve(vision, units=vision.units[cut:], rope=rope)
+    learn = tokens.learn
+    if learn is None or not learn[cut + 1 :].any():
+        raise DataError(
+            f"nothing to learn in its last {longest} tokens (data.max_seq_len); the assistant "
+            "speaks before them"
+        )
+    return Tokens(tokens.ids[cut:], learn[cut:], cut, vision)
 
 
 def text_of(record: Record, keys: Sequence[str]) -> str:

@@ -22,8 +22,6 @@ GROUPS = 4
 """Groups of rows a process keeps decoded, of each file."""
 STREAM_ROWS = 64
 """Rows decoded at once from a streamed Parquet file."""
-BESIDE = ("tools",)
-"""Columns that belong to a conversation, and are read where there are any."""
 ARROW_FILE = b"ARROW1"
 
 
@@ -130,14 +128,16 @@ def _broken(where: str) -> Iterator[None]:
         raise DataError(f"{where}: cannot be decoded, the file is corrupt ({error})") from error
 
 
-def _wanted(path: str, keys: Sequence[str], present: Sequence[str]) -> tuple[str, ...]:
-    """Those of `keys` a file has, and those that go with them."""
+def _wanted(
+    path: str, keys: Sequence[str], beside: Sequence[str], present: Sequence[str]
+) -> tuple[str, ...]:
+    """Those of `keys` a file has, and those of `beside`, which it need not have."""
     columns = tuple(key for key in keys if key in present)
     if not columns:
         raise DataError(
             f"{path} has none of the columns {list(keys)} (data.text_keys); it has {present}"
         )
-    return (*columns, *(key for key in BESIDE if key in present and key not in columns))
+    return (*columns, *(key for key in beside if key in present and key not in columns))
 
 
 def _stream(path: str, columns: tuple[str, ...], groups: Iterator[Any]) -> Iterator[Unread]:
@@ -178,18 +178,19 @@ def _open_parquet(path: str, **options: Any) -> Any:
         raise DataError(f"{path} is not a Parquet file: {error}") from error
 
 
-def index_parquet(path: str, keys: Sequence[str]) -> Columns:
-    """Reads the footer. `keys`: the columns wanted; those the file lacks are left out."""
+def index_parquet(path: str, keys: Sequence[str], beside: Sequence[str] = ()) -> Columns:
+    """Reads the footer. `keys`: the columns wanted, of which it must have one; `beside`: those
+    that are read where there are any."""
     with _open_parquet(path) as file:
         groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        columns = _wanted(path, keys, file.schema_arrow.names)
+        columns = _wanted(path, keys, beside, file.schema_arrow.names)
     return Columns(path, columns, np.cumsum([0, *groups]), ParquetGroup(path, columns))
 
 
-def stream_parquet(path: str, keys: Sequence[str]) -> Iterator[Unread]:
+def stream_parquet(path: str, keys: Sequence[str], beside: Sequence[str] = ()) -> Iterator[Unread]:
     """The same rows. Holds a few pages of each column instead of row groups."""
     with _open_parquet(path, buffer_size=1 << 16) as file:
-        columns = _wanted(path, keys, file.schema_arrow.names)
+        columns = _wanted(path, keys, beside, file.schema_arrow.names)
         batches = file.iter_batches(STREAM_ROWS, columns=list(columns), use_threads=False)
         yield from _stream(path, columns, batches)
 
@@ -260,12 +261,12 @@ def _batches(file: Any, reader: Any) -> Iterator[tuple[int, Any]]:
         yield offset, batch
 
 
-def index_arrow(path: str, keys: Sequence[str]) -> Columns:
+def index_arrow(path: str, keys: Sequence[str], beside: Sequence[str] = ()) -> Columns:
     """One pass over the batches' heads (over all of them where they are compressed)."""
     import pyarrow as pa
 
     with _open_arrow(path) as (file, reader):
-        columns = _wanted(path, keys, reader.schema.names)
+        columns = _wanted(path, keys, beside, reader.schema.names)
         counts, offsets = [0], []
         with _broken(path):
             for offset, batch in _batches(file, reader):
@@ -284,9 +285,9 @@ def index_arrow(path: str, keys: Sequence[str]) -> Columns:
     return Columns(path, columns, np.cumsum(counts), decode)
 
 
-def stream_arrow(path: str, keys: Sequence[str]) -> Iterator[Unread]:
+def stream_arrow(path: str, keys: Sequence[str], beside: Sequence[str] = ()) -> Iterator[Unread]:
     """The same rows, a batch at a time."""
     with _open_arrow(path) as (file, reader):
-        columns = _wanted(path, keys, reader.schema.names)
+        columns = _wanted(path, keys, beside, reader.schema.names)
         batches = (batch.select(list(columns)) for _, batch in _batches(file, reader))
         yield from _stream(path, columns, batches)

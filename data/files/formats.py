@@ -20,24 +20,25 @@ def ending_of(path: str) -> str | None:
     return next((ending for ending in ENDINGS if path.lower().endswith(ending)), None)
 
 
-def index_file(path: str, keys: Sequence[str]) -> Reader:
+def index_file(path: str, keys: Sequence[str], beside: Sequence[str] = ()) -> Reader:
     """Random access to the records of a file whose ending is one of ENDINGS.
 
-    `keys`: the fields wanted, of which files with columns must have one. A compressed file is
-    decompressed into the cache first. DataError: the file as a whole cannot be read.
+    `keys`: the fields wanted, of which files with columns must have one; `beside`: columns that are
+    read where there are any. A compressed file is decompressed into the cache first. DataError: the
+    file as a whole cannot be read.
     """
     form, codec = form_of(path)
     if form == ".parquet":
-        return index_parquet(path, keys)
+        return index_parquet(path, keys, beside)
     if form == ".arrow":
-        return index_arrow(path, keys)
+        return index_arrow(path, keys, beside)
     plain = cached(path) if codec else path
     if form == ".txt":
         return index_text(plain, path)
     return index_spans(plain, path, _prepare(form, keys))
 
 
-def stream_file(path: str, keys: Sequence[str]) -> Iterator[Unread]:
+def stream_file(path: str, keys: Sequence[str], beside: Sequence[str] = ()) -> Iterator[Unread]:
     """The same records in the same order, without an index or the cache.
 
     Each is parsed when it is called, so leaving it out is cheap, and a bad one raises its
@@ -46,9 +47,9 @@ def stream_file(path: str, keys: Sequence[str]) -> Iterator[Unread]:
     """
     form, codec = form_of(path)
     if form == ".parquet":
-        return stream_parquet(path, keys)
+        return stream_parquet(path, keys, beside)
     if form == ".arrow":
-        return stream_arrow(path, keys)
+        return stream_arrow(path, keys, beside)
     chunks = decompressed(path) if codec else chunks_of(path)
     if form == ".txt":
         return stream_text(chunks, path)

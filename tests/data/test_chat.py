@@ -276,18 +276,23 @@ def test_a_long_conversation_keeps_its_end(tokenizer):
         ({"messages": "x"}, r"here: 'messages' must hold a list of messages, it holds a str"),
         ({"messages": []}, r"it holds an empty list"),
         ({"messages": ["x"]}, r"here, message 1: expected \{role, content\}, got 'x'"),
-        ({"messages": [{"role": "user"}]}, r"message 1: the content must be a text, it is None"),
-        ({"messages": [{"role": "user", "content": 3}]}, r"must be a text, it is 3"),
+        (
+            {"messages": [{"role": "user"}]},
+            r"message 1: the content must be a text or parts, it is None",
+        ),
+        ({"messages": [{"role": "user", "content": 3}]}, r"text or parts, it is 3"),
         ({"messages": [{"role": "user", "content": "x", "loss_mask": 2}]}, "0 or 1, got 2"),
         ({"messages": [{"role": "user", "content": "x"}]}, r"nothing to learn.*\(roles: user\)"),
         ({"messages": [*TALK, {"role": "user", "content": "x " * 200}]}, "in its last 100 tokens"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "type text"),
-        ({"messages": [{"role": "assistant", "content": " "}]}, "but it is empty"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "model takes none"),
+        ({"messages": TALK, "images": ["a.png"]}, "here: it has images, but the model takes none"),
+        ({"messages": [{"role": "user", "content": [{"type": "x"}]}]}, "text, image or video"),
+        ({"messages": [{"role": "assistant", "content": " "}]}, "but it has no text"),
         ({"messages": TALK, "tools": [{"name": "f"}]}, "no place for tools"),
     ],
 )
 def test_conversations_that_are_none(content, message, tokenizer):
-    name = "tokenizer" if "but it is empty" in message else "default"
+    name = "tokenizer" if "but it has no text" in message else "default"
     transform = Conversation(tokenizer, 100, open_template(name, tokenizer))
     with pytest.raises(DataError, match=message):
         transform(Record(content, "here"))

@@ -113,11 +113,11 @@ def outcomes(calls):
     return found
 
 
-def both(path, keys=KEYS):
+def both(path, keys=KEYS, beside=()):
     """Outcomes at random, which must be those of the stream."""
-    reader = index_file(str(path), keys)
+    reader = index_file(str(path), keys, beside)
     found = outcomes([lambda i=i: reader[i] for i in range(len(reader))])
-    assert outcomes(stream_file(str(path), keys)) == found
+    assert outcomes(stream_file(str(path), keys, beside)) == found
     return found
 
 
@@ -339,8 +339,11 @@ def test_a_reader_survives_a_fork(tmp_path, ending):
 
 
 @pytest.mark.parametrize("ending", [".parquet", ".arrow"])
-def test_tools_belong_to_a_conversation(tmp_path, ending):
+def test_columns_beside_those_wanted(tmp_path, ending):
     table = pa.table({"tools": ["[]"], "other": [1], "text": ["a"]})
     path = tmp_path / f"a{ending}"
     pq.write_table(table, path) if ending == ".parquet" else write_arrow(path, table)
-    assert [r.content for r in both(path)] == [{"text": "a", "tools": "[]"}]
+    (record,) = both(path, beside=("tools", "images"))
+    assert record.content == {"text": "a", "tools": "[]"}
+    assert record.folder == str(tmp_path)
+    assert [r.content for r in both(path)] == [{"text": "a"}]

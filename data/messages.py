@@ -1,0 +1,168 @@
+"""The messages of a record, and the images and videos that stand in them."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from attrs import frozen
+
+from omnistep.data.chat import Message
+from omnistep.data.errors import DataError
+from omnistep.data.files.records import Record
+from omnistep.data.images import Source, short
+
+VIDEO_KEYS = ("videos",)
+"""The field for the videos of a record, as data.image_keys are for its images."""
+PLACEHOLDERS = {False: "<image>", True: "<video>"}
+"""Stand in a text for the record's next image, next video."""
+TYPES = {"image": False, "image_url": False, "video": True, "video_url": True}
+"""Types of parts, and whether they are videos."""
+GIVEN = ("url", "path", "base64", "bytes")
+"""Where a part may hold its image, beside its own type's name."""
+
+
+@frozen(eq=False)
+class Said:
+    """What a record says."""
+
+    messages: list[Message]
+    """Each content is a text, or parts of type text, image and video, of which those of text alone
+    hold something."""
+    sources: list[Source]
+    """The images and videos, in the order of their parts."""
+
+
+def read_messages(record: Record, content: Any, key: str, image_keys: Sequence[str] | None) -> Said:
+    """The messages under `key`, whose value is `content`; each with a role and a content of text or
+    parts. Images are those of the parts; a part that has none, and `<image>` in a text of a record
+    with images, take the next of those under the first of `image_keys` (None: the model takes no
+    images). Raises DataError that names the message."""
+    if not isinstance(content, list) or not content:
+        kind = "an empty list" if content == [] else f"a {type(content).__name__}"
+        raise DataError(f"{record.where}: {key!r} must hold a list of messages, it holds {kind}")
+    pools = {
+        False: _Pool(record, image_keys or ("images",), False),
+        True: _Pool(record, VIDEO_KEYS, True),
+    }
+    if image_keys is None:
+        if any(pool.values for pool in pools.values()):
+            raise _no_images(record.where)
+        pools = {}
+    sources: list[Source] = []
+    messages = [
+        _message(message, f"{record.where}, message {number}", pools, sources)
+        for number, message in enumerate(content, 1)
+    ]
+    for pool in pools.values():
+        pool.check_empty()
+    return Said(messages, sources)
+
+
+def _no_images(where: str) -> DataError:
+    return DataError(
+        f"{where}: it has images, but the model takes none (its config.json has no vision tower); "
+        "take them out, or give a model that does"
+    )
+
+
+class _Pool:
+    """The images (or videos) beside a record's messages, to be taken one by one."""
+
+    def __init__(self, record: Record, keys: Sequence[str], video: bool) -> None:
+        self.where, self.video = record.where, video
+        fields = record.content if isinstance(record.content, Mapping) else {}
+        self.key = next((key for key in keys if fields.get(key) is not None), None)
+        found = fields[self.key] if self.key else []
+        self.values = list(found) if isinstance(found, list | tuple) else [found]
+        self.rest: Iterator[Any] = iter(self.values)
+        self.taken = 0
+
+    @property
+    def there(self) -> bool:
+        return self.key is not None
+
+    def take(self) -> Source:
+        self.taken += 1
+        for value in self.rest:
+            return _source(value, self.video, self.where)
+        raise DataError(
+            f"{self.where}: its messages have more places for {self._name} than the "
+            f"{len(self.values)} it has under {self.key or 'no key'!r} (data.image_keys)"
+        )
+
+    def check_empty(self) -> None:
+        if self.taken < len(self.values):
+            raise DataError(
+                f"{self.where}: it has {len(self.values)} {self._name} under {self.key!r}, but its "
+                f"messages have {self.taken} places for them: write {PLACEHOLDERS[self.video]} "
+                "where each belongs"
+            )
+
+    @property
+    def _name(self) -> str:
+        return "videos" if self.video else "images"
+
+
+Pools = Mapping[bool, _Pool]
+
+
+def _message(message: Any, where: str, pools: Pools, sources: list[Source]) -> Message:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise DataError(f"{where}: expected {{role, content}}, got {short(message)}")
+    if message.get("loss_mask", 0) not in (0, 1):
+        raise DataError(f"{where}: loss_mask is 0 or 1, got {short(message['loss_mask'])}")
+    content = message.get("content")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    elif content is None and message.get("tool_calls"):
+        content = []
+    if not isinstance(content, list):
+        raise DataError(f"{where}: the content must be a text or parts, it is {short(content)}")
+    parts = [each for part in content for each in _parts(part, where, pools, sources)]
+    if all(part["type"] == "text" for part in parts):
+        said: Any = "".join(part["text"] for part in parts)
+    else:
+        said = [part for part in parts if part.get("text") != ""]
+    # columns of a table are there for every row: what is None is not given
+    return {**{k: v for k, v in message.items() if v is not None}, "content": said}
+
+
+def _parts(part: Any, where: str, pools: Pools, sources: list[Source]) -> Iterator[dict[str, str]]:
+    """A part as templates get it; a text with placeholders in several."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part["text"], str):
+        known = "|".join(PLACEHOLDERS[video] for video, pool in pools.items() if pool.there)
+        for text in re.split(f"({known})", part["text"]) if known else [part["text"]]:
+            video = next((v for v, p in PLACEHOLDERS.items() if text == p and pools[v].there), None)
+            if video is None:
+                yield {"type": "text", "text": text}
+            else:
+                sources.append(pools[video].take())
+                yield {"type": "video" if video else "image"}
+    elif kind in TYPES and not pools:
+        raise _no_images(where)
+    elif kind in TYPES:
+        video = TYPES[kind]
+        name = "video" if video else "image"
+        given = next(
+            (part[k] for k in (name, kind, *GIVEN) if part.get(k) is not None),
+            None,
+        )
+        if isinstance(given, Mapping) and isinstance(given.get("url"), str):
+            given = given["url"]
+        sources.append(
+            pools[video].take() if given is None else _source(given, video, where, part.get("fps"))
+        )
+        yield {"type": name}
+    else:
+        raise DataError(f"{where}: a part is of type text, image or video, got {short(part)}")
+
+
+def _source(value: Any, video: bool, where: str, fps: Any = None) -> Source:
+    if video and isinstance(value, Mapping):
+        fps = value.get("fps") if fps is None else fps
+        frames = next((value[k] for k in ("frames", "video", "url") if value.get(k)), None)
+        value = value if frames is None else frames
+    if fps is not None and not isinstance(fps, int | float):
+        raise DataError(f"{where}: the fps of a video must be a number, got {short(fps)}")
+    return Source(value, video, fps)
