@@ -1,0 +1,303 @@
+"""Makes data/emoji from two npm packages; the same bytes every time.
+
+npm pack emoji-datasource-google@16.0.0 emojibase-data@17.0.0
+python -m omnistep.data.make_emoji --images emoji-datasource-google-16.0.0.tgz \
+    --captions emojibase-data-17.0.0.tgz --out data/emoji
+"""
+
+import argparse
+import base64
+import hashlib
+import io
+import json
+import re
+import tarfile
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from attrs import frozen
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+SIDE, BORDER = 32, 1
+"""Of a picture in the sheet, in pixels; each has a border around it."""
+QUESTION = "<image>What is this?"
+
+NEAR = 0.08
+"""Two pictures that differ by less of their ink are near copies: see `difference`."""
+LARGE_FAMILY = 12
+"""What has more members is trained on: the held-out pictures are to be of many kinds."""
+HELDOUT = 0.15
+"""Of the other families' hashes, the part that is held out: about a tenth of all pictures."""
+
+VOCAB_SIZE = 1024
+EOS = "<|endoftext|>"
+SPECIALS = (
+    EOS,
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message.role + '\\n' -}}
+{%- if message.role == 'assistant' -%}
+{%- generation -%}{{- message.content + '<|im_end|>' -}}{%- endgeneration -%}
+{%- elif message.content is string -%}
+{{- message.content + '<|im_end|>' -}}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == 'image' -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+{%- elif part.type == 'video' -%}{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
+{%- else -%}{{- part.text -}}{%- endif -%}
+{%- endfor -%}
+{{- '<|im_end|>' -}}
+{%- endif -%}
+{{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
+
+@frozen(eq=False)
+class Emoji:
+    """One picture and what is said of it."""
+
+    code: str
+    """Its Unicode code points, as hexadecimal numbers joined by "-"."""
+    caption: str
+    category: str
+    subgroup: str
+    picture: np.ndarray
+    """uint8 [height, width, 3], on white."""
+
+
+def read_member(archive: Path, name: str) -> bytes:
+    with tarfile.open(archive) as opened:
+        try:
+            stream = opened.extractfile(f"package/{name}")
+        except KeyError:
+            stream = None
+        if stream is None:
+            raise SystemExit(f"{archive} has no {name}: give the packages that the README names")
+        return stream.read()
+
+
+def read_emoji(images: Path, captions: Path) -> list[Emoji]:
+    """All emoji that have a picture, without those of another skin tone; in Unicode's order."""
+    tiles = {}
+    for entry in json.loads(read_member(images, "emoji.json")):
+        for code in (entry["unified"], entry["non_qualified"]):
+            tiles[code] = (entry["sheet_x"], entry["sheet_y"])
+    file = io.BytesIO(read_member(images, "img/google/sheets-256/32.png"))
+    sheet = Image.open(file).convert("RGBA")
+    names = json.loads(read_member(captions, "meta/groups.json"))
+    messages = json.loads(read_member(captions, "en/messages.json"))
+    categories = {group["order"]: group["message"] for group in messages["groups"]}
+    found = []
+    for entry in json.loads(read_member(captions, "en/data.json")):
+        # Without a group: letters of which flags are made. Components: skin tones and hair.
+        category = categories.get(entry.get("group"))
+        if category in (None, "components") or entry["hexcode"] not in tiles:
+            continue
+        found.append(
+            Emoji(
+                code=entry["hexcode"],
+                caption=entry["label"].removeprefix("flag: "),
+                category=category,
+                subgroup=names["subgroups"][str(entry["subgroup"])],
+                picture=_tile(sheet, *tiles[entry["hexcode"]]),
+            )
+        )
+    return found
+
+
+def _tile(sheet: Image.Image, column: int, row: int) -> np.ndarray:
+    left, top = (number * (SIDE + 2 * BORDER) + BORDER for number in (column, row))
+    # What reads pictures drops their transparency, and what lies under it is arbitrary.
+    page = Image.new("RGBA", (SIDE, SIDE), "white")
+    page.alpha_composite(sheet.crop((left, top, left + SIDE, top + SIDE)))
+    return np.asarray(page.convert("RGB"))
+
+
+# ---- families: what must not stand on both sides of the split ------------------------------
+
+_PEOPLE = {"1F468", "1F469", "1F9D1"}
+"""Man, woman, person."""
+_NO_DIFFERENCE = {"FE0F", "200D", "2640", "2642", "27A1", "1F9B0", "1F9B1", "1F9B2", "1F9B3"}
+"""Joints, the signs of the sexes, facing right, and hair."""
+_SERIES = {"arrow", "family", "keycap", "zodiac"}
+"""Subgroups that are one thing in many states."""
+_COLOURS = r"red|orange|yellow|green|blue|light blue|purple|brown|black|white|grey|pink"
+_SIZES = r"large|medium|medium-small|small"
+
+
+def named_families(emoji: Emoji) -> set[str]:
+    """Names of the families that an emoji belongs to by what it is called."""
+    parts = emoji.code.split("-")
+    joined = "200D" in parts or parts[0] in _PEOPLE
+    if joined:
+        parts = ["person" if p in _PEOPLE else p for p in parts if p not in _NO_DIFFERENCE]
+    names = {"code " + "-".join(p for p in parts if p != "FE0F")}
+    if emoji.subgroup in _SERIES:
+        names.add(f"series {emoji.subgroup}")
+    if re.search(r"clock\b|thirty\b", emoji.caption):
+        names.add("series clock")
+    if re.search(r"\bmoon\b", emoji.caption):
+        names.add("series moon")
+    plain = re.sub(rf"\b({_COLOURS}|{_SIZES})\b[ -]?", "", emoji.caption)
+    names.add(f"but for colour and size {emoji.category} {plain}")
+    return names
+
+
+def difference(pictures: np.ndarray) -> np.ndarray:
+    """How much of their ink two pictures, or one and the other's mirror image, differ by.
+
+    `pictures` [count, height, width, 3] -> [count, count], 0 (the same) to 1 (nothing in common):
+    |a - b|^2 / (|a|^2 + |b|^2), where a and b are how far each value is from white.
+    """
+    ink = 1 - pictures.astype(np.float64) / 255
+    plain, mirrored = (a.reshape(len(ink), -1) for a in (ink, ink[:, :, ::-1]))
+    size = (plain**2).sum(-1)
+    both = np.maximum(size[:, None] + size[None], 1e-9)
+    common = np.maximum(plain @ plain.T, plain @ mirrored.T)
+    return np.maximum(1 - 2 * common / both, 0)
+
+
+def families(emoji: Sequence[Emoji]) -> list[int]:
+    """For each the number of its family, which is that of its first member. Near copies are of one
+    family, and what has a name of `named_families` in common, and so on from one to the next."""
+    parent = list(range(len(emoji)))
+
+    def first(i: int) -> int:
+        while parent[i] != i:
+            i = parent[i]
+        return i
+
+    def join(i: int, j: int) -> None:
+        low, high = sorted((first(i), first(j)))
+        parent[high] = low
+
+    members: dict[str, list[int]] = defaultdict(list)
+    for i, one in enumerate(emoji):
+        for name in named_families(one):
+            members[name].append(i)
+    for numbers in members.values():
+        for i in numbers[1:]:
+            join(numbers[0], i)
+    near = difference(np.stack([one.picture for one in emoji])) < NEAR
+    for i, j in zip(*np.nonzero(np.triu(near, 1)), strict=True):
+        join(int(i), int(j))
+    return [first(i) for i in range(len(emoji))]
+
+
+def held_out(emoji: Sequence[Emoji], family: Sequence[int]) -> list[bool]:
+    """Whether each is held out: whole families, by the SHA-256 of the first member's code."""
+    size = np.bincount(family, minlength=len(emoji))
+
+    def chosen(number: int) -> bool:
+        digest = hashlib.sha256(emoji[number].code.encode("ascii")).digest()
+        share = int.from_bytes(digest[:8], "big") / 2**64
+        return bool(size[number] <= LARGE_FAMILY and share < HELDOUT)
+
+    return [chosen(number) for number in family]
+
+
+# ---- what is written -----------------------------------------------------------------------
+
+
+def png(picture: np.ndarray) -> bytes:
+    """The smaller of the two lossless ways: a palette, where 256 colours are enough, or RGB."""
+    image = Image.fromarray(picture)
+    colours, index = np.unique(picture.reshape(-1, 3), axis=0, return_inverse=True)
+    ways = [image]
+    if len(colours) <= 256:
+        indexed = Image.fromarray(index.reshape(picture.shape[:2]).astype(np.uint8), mode="P")
+        indexed.putpalette(colours.astype(np.uint8).tobytes())
+        ways.append(indexed)
+    return min((_encoded(way) for way in ways), key=len)
+
+
+def _encoded(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+def record(emoji: Emoji) -> dict[str, Any]:
+    """A conversation about one picture."""
+    picture = base64.b64encode(png(emoji.picture)).decode("ascii")
+    return {
+        "messages": [
+            {"role": "user", "content": QUESTION},
+            {"role": "assistant", "content": answer(emoji)},
+        ],
+        "images": [f"data:image/png;base64,{picture}"],
+        "code": emoji.code,
+        "subgroup": emoji.subgroup,
+    }
+
+
+def answer(emoji: Emoji) -> str:
+    return f"{emoji.category}: {emoji.caption}"
+
+
+def train_tokenizer(answers: Iterable[str]) -> Tokenizer:
+    """A byte-level BPE of VOCAB_SIZE entries; the specials have ids 0 to 6."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    prompt = ["user\n", "assistant\n", QUESTION.removeprefix("<image>")]
+    tokenizer.train_from_iterator([*prompt, *answers], trainer)
+    return tokenizer
+
+
+def make_emoji(images: Path, captions: Path, out: Path) -> None:
+    """Writes train.jsonl, heldout.jsonl and tokenizer/ under `out`."""
+    emoji = read_emoji(images, captions)
+    apart = held_out(emoji, families(emoji))
+    directory = out / "tokenizer"
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, side in (("train", False), ("heldout", True)):
+        chosen = [one for one, held in zip(emoji, apart, strict=True) if held is side]
+        lines = [json.dumps(record(one), ensure_ascii=False) + "\n" for one in chosen]
+        (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        print(f"{name}: {len(chosen)} pictures")
+    # The tokenizer sees nothing of the held-out captions.
+    seen = (answer(one) for one, held in zip(emoji, apart, strict=True) if not held)
+    train_tokenizer(seen).save(str(directory / "tokenizer.json"), pretty=False)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": EOS,
+        "additional_special_tokens": list(SPECIALS[1:]),
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--images", type=Path, required=True, help="emoji-datasource-google, .tgz")
+    parser.add_argument("--captions", type=Path, required=True, help="emojibase-data, .tgz")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "emoji")
+    arguments = parser.parse_args(argv)
+    make_emoji(arguments.images, arguments.captions, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The embedded pictures with captions, and their tokenizer."""
+
+import base64
+import io
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import omnistep.data.make_emoji as make_emoji
+from omnistep.data.make_emoji import Emoji
+from omnistep.data.tokenizer import load_tokenizer
+
+EMOJI = Path(make_emoji.__file__).parent / "emoji"
+SIDES = ("train", "heldout")
+
+
+def read(line: str) -> Emoji:
+    record = json.loads(line)
+    (image,) = record["images"]
+    scheme, data = image.split(",", 1)
+    assert scheme == "data:image/png;base64"
+    with Image.open(io.BytesIO(base64.b64decode(data))) as opened:
+        picture = np.asarray(opened.convert("RGB"))
+    question, said = record["messages"]
+    assert question == {"role": "user", "content": make_emoji.QUESTION}
+    category, caption = said["content"].split(": ", 1)
+    return Emoji(record["code"], caption, category, record["subgroup"], picture)
+
+
+@pytest.fixture(scope="module")
+def emoji() -> dict[str, list[Emoji]]:
+    lines = {n: (EMOJI / f"{n}.jsonl").read_text(encoding="utf-8").splitlines() for n in SIDES}
+    return {name: [read(line) for line in of] for name, of in lines.items()}
+
+
+def test_sizes_and_content(emoji):
+    assert (len(emoji["train"]), len(emoji["heldout"])) == (1718, 188)
+    assert {one.picture.shape for of in emoji.values() for one in of} == {(32, 32, 3)}
+    counts = {name: Counter(one.category for one in of) for name, of in emoji.items()}
+    assert counts["train"].keys() == counts["heldout"].keys()
+    assert len(counts["train"]) == 9
+    for name, count in counts.items():
+        assert max(count.values()) / len(emoji[name]) < 0.21
+    answers = [make_emoji.answer(one) for of in emoji.values() for one in of]
+    assert len(set(answers)) == len(answers)
+    readme = (EMOJI / "README.md").read_text(encoding="utf-8")
+    assert "Apache License 2.0" in readme
+    assert sum(file.stat().st_size for file in EMOJI.rglob("*")) < 4_000_000
+
+
+def test_records_are_made_anew_to_the_byte(emoji):
+    for name in SIDES:
+        lines = (EMOJI / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        for line, one in list(zip(lines, emoji[name], strict=True))[::20]:
+            assert json.dumps(make_emoji.record(one), ensure_ascii=False) == line
+
+
+def test_nothing_held_out_has_a_near_copy_in_training(emoji):
+    both = [*emoji["train"], *emoji["heldout"]]
+    count = len(emoji["train"])
+    apart = make_emoji.difference(np.stack([one.picture for one in both]))[:count, count:]
+    assert apart.min() >= make_emoji.NEAR
+    names = [
+        {name for one in emoji[side] for name in make_emoji.named_families(one)} for side in SIDES
+    ]
+    assert not names[0] & names[1]
+    family = make_emoji.families(both)
+    assert not set(family[:count]) & set(family[count:])
+
+
+def made(code: str, caption: str, picture: np.ndarray, subgroup: str = "other") -> Emoji:
+    return Emoji(code, caption, "things", subgroup, picture)
+
+
+def test_families_are_found_by_picture_and_by_name():
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3)).astype(np.uint8)
+    found = make_emoji.families(
+        [
+            made("1F600", "ball", noise[0]),
+            made("1F601", "mirrored ball", noise[0][:, ::-1]),
+            made("1F468-200D-1F33E", "man farmer", noise[1]),
+            made("1F469-200D-1F33E-200D-27A1-FE0F", "woman farmer: facing right", noise[2]),
+            made("1F4D7", "green book", noise[3]),
+            made("1F4D8", "light blue book", noise[4]),
+            made("1F550", "one o\u2019clock", noise[5]),
+            made("1F551", "two-thirty", noise[6]),
+            made("1F34E", "tree", noise[7]),
+        ]
+    )
+    assert found == [0, 0, 2, 2, 4, 4, 6, 6, 8]
+
+
+def test_difference_is_a_share_of_the_ink():
+    white = np.full((4, 4, 3), 255, np.uint8)
+    left, right, half = white.copy(), white.copy(), white.copy()
+    left[:, :2], right[:, 1:3], half[:, :1] = 0, 0, 0
+    found = make_emoji.difference(np.stack([left, left[:, ::-1], right, half]))
+    assert np.allclose(found[0], [0, 0, 0.5, 1 / 3])
+
+
+def test_large_families_are_trained_on():
+    emoji = [made(f"{i:X}", f"thing {i}", np.zeros((1, 1, 3), np.uint8)) for i in range(400)]
+    alone = make_emoji.held_out(emoji, range(400))
+    assert 0.1 < np.mean(alone) < 0.2
+    chosen = alone.index(True)
+    assert not any(make_emoji.held_out(emoji, [chosen] * 400))
+    twelve = [chosen if i < 12 else 399 for i in range(400)]
+    assert sum(make_emoji.held_out(emoji, twelve)) == 12
+
+
+def test_tokenizer_is_made_from_the_training_captions_alone(emoji):
+    committed = json.loads((EMOJI / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
+    made = make_emoji.train_tokenizer(make_emoji.answer(one) for one in emoji["train"])
+    assert json.loads(made.to_str()) == committed
+    tokenizer = load_tokenizer(EMOJI / "tokenizer")
+    assert tokenizer.vocab_size == make_emoji.VOCAB_SIZE
+    assert [tokenizer.token_id(t) for t in make_emoji.SPECIALS] == list(range(7))
+    assert (tokenizer.eos_id, tokenizer.pad_id) == (2, 0)
+    for one in emoji["heldout"]:
+        text = make_emoji.answer(one)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_its_chat_template_is_read_by_transformers():
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(str(EMOJI / "tokenizer"))
+    ours = load_tokenizer(EMOJI / "tokenizer")
+    parts = [{"type": "image"}, {"type": "text", "text": "What?"}, {"type": "video"}]
+    chat = [{"role": "user", "content": parts}, {"role": "assistant", "content": "A cat."}]
+    text = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert text == (
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What?"
+        "<|vision_start|><|video_pad|><|vision_end|><|im_end|>\n"
+        "<|im_start|>assistant\nA cat.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
