@@ -1,6 +1,7 @@
 """Generation with a decoder: a cache of static shape, one compiled layer called per layer.
 
-Rows are padded on the left, so that all rows write their next token at the same cache index.
+Rows are padded on the left, so that all rows write their next token at the same cache index. Of a
+model with a tower, images and videos are looked at once, with the prompt.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,20 +13,36 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from omnistep.core import rng
+from omnistep.core.batch import Batch, Patches, segment_starts
 from omnistep.core.compile import compile_graph
+from omnistep.core.param import one_rank
 from omnistep.core.tree import Tree, tree_map
 from omnistep.models.attention import attention, decode_attention
 from omnistep.models.block import Ranks, add_experts, add_mlp, attention_output, project
-from omnistep.models.config import Config
-from omnistep.models.decoder import output_name, rope
+from omnistep.models.config import Config, Tower
+from omnistep.models.decoder import output_name, rope, rope_positions
 from omnistep.models.layers import at_least_fp32, rms_norm
+from omnistep.models.params import params
 from omnistep.models.stack import unstack
+from omnistep.models.vision import make_see
 
 ONE_RANK = Ranks()
 CACHE_STEP = 256
 """Cache lengths are multiples of this: a conversation that grows compiles rarely."""
 PROMPT_STEP = 32
-"""Prompts are padded to multiples of this."""
+"""Prompts are padded to multiples of this, and patches to those that become so many tokens."""
+
+
+@frozen(eq=False)
+class Prompt:
+    """What an answer follows: tokens, and the images and videos among them."""
+
+    ids: Sequence[int]
+    patches: Patches | None = None
+    """Of one row, in which `units` has as many tokens as `ids`; filler is not needed."""
+    rope: Int[Tensor, "tokens 3"] | None = None
+    """The positions of the tokens, for models that have three (Config.rope_axes); None: those of
+    text."""
 
 
 @frozen
@@ -130,8 +147,8 @@ def make_generate(
 ) -> Generate:
     """generate(prompts, max_tokens, key, rows_seen=0) -> one token per prompt, again and again.
 
-    `prompts` are non-empty lists of token ids; `rows_seen` is the index of the first of them
-    among all prompts of the run. The iterator ends after `max_tokens` tokens; the caller stops
+    `prompts` are those of `join_prompts`; `rows_seen` is the index of the first of them among all
+    prompts of the run. The iterator ends after `max_tokens` tokens; the caller stops
     earlier, and ignores a row that has said its last word. Keep the function: what it compiled
     serves later calls.
     """
@@ -149,20 +166,21 @@ def make_generate(
         return choose(logits, key, step, rows_seen, sampling)
 
     pick = maybe_compile(pick)
+    see = make_see(cfg, one_rank(params(cfg), dtype), "none", compile=False) if cfg.tower else None
 
-    def start(
-        tokens: Tensor, first: Tensor, length: int
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def start(batch: Batch, length: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Runs the prompts; the caches of each layer are [rows, length, kv_heads, head_dim]."""
-        rows, seq = tokens.shape
-        index = torch.arange(seq, dtype=torch.int32, device=tokens.device)
-        # a token of the padding is a sample of its own, and costs nothing
-        starts = torch.minimum(index, first[:, None]).to(torch.int32)
-        cos, sin = rope(cfg, index - starts, dtype)
-        x = F.embedding(tokens, embed).to(dtype)
+        rows, seq = batch.tokens.shape
+        starts = segment_starts(batch)
+        cos, sin = rope(cfg, rope_positions(cfg, batch), dtype)
+        x, deepstack = F.embedding(batch.tokens, embed).to(dtype), None
+        if see is not None and batch.patches is not None:
+            x, deepstack = see(weights, x, batch)
+        added = () if deepstack is None else deepstack.unbind(2)
         k_caches, v_caches = [], []
-        for w, window in zip(layers, windows, strict=True):
+        for i, (w, window) in enumerate(zip(layers, windows, strict=True)):
             x, k, v = _prefill_layer(x, w, cos, sin, starts, cfg, window)
+            x = x + added[i] if i < len(added) else x
             for caches, part in ((k_caches, k), (v_caches, v)):
                 cache = x.new_zeros(rows, length, *part.shape[2:])
                 cache[:, :seq] = part
@@ -170,30 +188,113 @@ def make_generate(
         return x, k_caches, v_caches
 
     def generate(
-        prompts: Sequence[Sequence[int]], max_tokens: int, key: Tensor, rows_seen: int = 0
+        prompts: Sequence[Prompt], max_tokens: int, key: Tensor, rows_seen: int = 0
     ) -> Iterator[list[int]]:
-        if not prompts or not all(prompts):
-            raise ValueError("every prompt needs at least one token")
         device = embed.device
-        longest = max(len(prompt) for prompt in prompts)
-        seq = -(-longest // PROMPT_STEP) * PROMPT_STEP
+        batch = join_prompts(prompts, cfg, device)
+        seq = batch.tokens.shape[1]
         length = -(-(seq + max_tokens) // CACHE_STEP) * CACHE_STEP
-        padded = [[0] * (seq - len(prompt)) + list(prompt) for prompt in prompts]
-        tokens = torch.tensor(padded, device=device)
-        first = torch.tensor([seq - len(prompt) for prompt in prompts], device=device)
+        first = segment_starts(batch)[:, -1].long()
+        follows = next_position(cfg, batch)
         key = key.to(device)
         number = torch.tensor(rows_seen, device=device)
         with torch.no_grad():
-            x, k_caches, v_caches = start(tokens, first, length)
+            x, k_caches, v_caches = start(batch, length)
             for step in range(max_tokens):
                 token = pick(x[:, -1:], key, torch.tensor(step, device=device), number)
                 yield token.tolist()
                 if step == max_tokens - 1:
                     return
                 at = torch.tensor(seq + step, device=device)
-                cos, sin = rope(cfg, (at - first)[:, None], dtype)
+                cos, sin = rope(cfg, follows + step, dtype)
                 x = F.embedding(token[:, None], embed).to(dtype)
                 for i, (w, kind) in enumerate(zip(layers, kinds, strict=True)):
                     x = compiled[kind](x, w, cos, sin, k_caches[i], v_caches[i], first, at)
 
     return generate
+
+
+def join_prompts(prompts: Sequence[Prompt], cfg: Config, device: torch.device) -> Batch:
+    """The prompts as rows, padded on the left. Nothing is to be learnt of it.
+
+    Raises ValueError: no prompt or an empty one; patches for a model that has no tower, or without
+    the positions that it needs.
+    """
+    if not prompts or not all(prompt.ids for prompt in prompts):
+        raise ValueError("every prompt needs at least one token")
+    for prompt in prompts:
+        _check_prompt(prompt, cfg)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    seq = -(-longest // PROMPT_STEP) * PROMPT_STEP
+    lacking = [seq - len(prompt.ids) for prompt in prompts]
+    rows = [[0] * n + list(prompt.ids) for n, prompt in zip(lacking, prompts, strict=True)]
+    tokens = torch.tensor(rows, device=device)
+    index = torch.arange(seq, dtype=torch.int32, device=device)
+    # a token of the padding is a sample of its own, and costs nothing
+    positions = (index - torch.tensor(lacking, device=device)[:, None]).clamp(min=0)
+    three = None
+    if cfg.rope_axes:
+        three = positions.int().unsqueeze(-1).repeat(1, 1, 3)
+        for row, n, prompt in zip(three, lacking, prompts, strict=True):
+            if prompt.rope is not None:
+                row[n:] = prompt.rope.to(device)
+    return Batch(
+        tokens,
+        targets=tokens,
+        weights=torch.zeros(tokens.shape, device=device),
+        positions=positions,
+        rope=three,
+        patches=_join_patches(prompts, cfg.tower, lacking, device) if cfg.tower else None,
+    )
+
+
+def _check_prompt(prompt: Prompt, cfg: Config) -> None:
+    if prompt.patches is None:
+        return
+    if cfg.tower is None:
+        raise ValueError("a prompt has images, but the model has no tower to look at them")
+    if cfg.rope_axes and prompt.rope is None:
+        raise ValueError("a prompt with images needs `rope`, the three positions of its tokens")
+    if prompt.patches.units.shape != (1, len(prompt.ids)):
+        raise ValueError(
+            f"Patches.units of a prompt of {len(prompt.ids)} tokens must be of shape "
+            f"(1, {len(prompt.ids)}), got {tuple(prompt.patches.units.shape)}"
+        )
+
+
+def _join_patches(
+    prompts: Sequence[Prompt], tower: Tower, lacking: Sequence[int], device: torch.device
+) -> Patches | None:
+    """The patches of all prompts, as many a row; None where no prompt has any."""
+    given = [p.patches.pixels.shape[1] for p in prompts if p.patches is not None]
+    if not given:
+        return None
+    step = PROMPT_STEP * tower.unit
+    count, rows, seq = -(-max(given) // step) * step, len(prompts), lacking[0] + len(prompts[0].ids)
+    alone = torch.arange(count, dtype=torch.int32, device=device)
+    bounds = torch.stack([alone, alone + 1], -1).repeat(rows, 1, 1)
+    nowhere = torch.tensor([0, 0, 1, 1], dtype=torch.int32, device=device)
+    joined = Patches(
+        pixels=torch.zeros(rows, count, tower.values, dtype=torch.uint8, device=device),
+        places=nowhere.repeat(rows, count, 1),
+        frames=bounds,
+        windows=bounds.clone() if tower.window else None,
+        units=torch.full((rows, seq), -1, dtype=torch.int32, device=device),
+    )
+    for row, (n, prompt) in enumerate(zip(lacking, prompts, strict=True)):
+        if prompt.patches is None:
+            continue
+        for name in ("pixels", "places", "frames", "windows"):
+            whole, part = getattr(joined, name), getattr(prompt.patches, name)
+            if whole is not None and part is not None:
+                whole[row, : part.shape[1]] = part[0].to(device)
+        joined.units[row, n:] = prompt.patches.units[0].to(device)
+    return joined
+
+
+def next_position(cfg: Config, batch: Batch) -> Tensor:
+    """Of the token after each row, [rows, 1] or with three positions [rows, 1, 3]: one more than
+    the largest in the row, which an image may have left behind the number of tokens."""
+    at = rope_positions(cfg, batch)
+    largest = at.amax(dim=tuple(range(1, at.ndim)), keepdim=True)
+    return (largest + 1).expand(-1, -1, *at.shape[2:])
