@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from omnistep.core import rng
-from omnistep.models.generate import Sampling, choose, make_generate
+from omnistep.models.generate import Prompt, Sampling, choose, make_generate
 from tests.models import test_families
 from tests.models.reference import imported
 from tests.models.test_decoder import CASES, reference
@@ -20,7 +20,9 @@ def load(case: str):
 
 
 def collect(generate, prompts, count, seed=0, rows_seen=0):
-    steps = list(generate(prompts, count, rng.key(seed), rows_seen))
+    """The tokens after each prompt, which is a Prompt or its ids."""
+    made = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
+    steps = list(generate(made, count, rng.key(seed), rows_seen))
     return [list(row) for row in zip(*steps, strict=True)]
 
 
@@ -92,4 +94,4 @@ def test_an_empty_prompt_is_refused():
     _, cfg, weights = load("qwen3")
     generate = make_generate(cfg, weights, GREEDY, dtype=torch.float32, compile=False)
     with pytest.raises(ValueError, match="at least one token"):
-        next(generate([[1], []], 4, rng.key(0)))
+        next(generate([Prompt([1]), Prompt([])], 4, rng.key(0)))
