@@ -195,7 +195,8 @@ def make_generate(
         seq = batch.tokens.shape[1]
         length = -(-(seq + max_tokens) // CACHE_STEP) * CACHE_STEP
         first = segment_starts(batch)[:, -1].long()
-        follows = next_position(cfg, batch)
+        # not after the largest: a video's time may run ahead of the text behind it
+        follows = rope_positions(cfg, batch)[:, -1:] + 1
         key = key.to(device)
         number = torch.tensor(rows_seen, device=device)
         with torch.no_grad():
@@ -290,11 +291,3 @@ def _join_patches(
                 whole[row, : part.shape[1]] = part[0].to(device)
         joined.units[row, n:] = prompt.patches.units[0].to(device)
     return joined
-
-
-def next_position(cfg: Config, batch: Batch) -> Tensor:
-    """Of the token after each row, [rows, 1] or with three positions [rows, 1, 3]: one more than
-    the largest in the row, which an image may have left behind the number of tokens."""
-    at = rope_positions(cfg, batch)
-    largest = at.amax(dim=tuple(range(1, at.ndim)), keepdim=True)
-    return (largest + 1).expand(-1, -1, *at.shape[2:])
