@@ -9,6 +9,7 @@ import attrs
 import torch
 from attrs import frozen
 
+from omnistep.bin.image_rules import read_preprocessor
 from omnistep.core import optim, param, rng
 from omnistep.core.checkpoint.place import Place, committed, open_place
 from omnistep.core.checkpoint.ranks import Ranks
@@ -28,6 +29,7 @@ from omnistep.data.tokenizer import Tokenizer, load_tokenizer
 from omnistep.models import decoder, hf, hf_config
 from omnistep.models.cost import active
 from omnistep.models.hf_names import Names, weight_names
+from omnistep.models.hf_vision import with_preprocessor
 from omnistep.parallel import mesh as meshes
 from omnistep.parallel.layout import Strategy
 from omnistep.parallel.mesh import Mesh, MeshError
@@ -55,12 +57,16 @@ class Model:
 
 
 def read_model(args: ModelArguments) -> Model:
-    return make_model(hf_config.read_config_json(args.config_path or ""))
+    path = args.config_path or ""
+    return make_model(hf_config.read_config_json(path), read_preprocessor(path))
 
 
-def make_model(raw: Mapping[str, Any]) -> Model:
-    """The model that a config.json describes."""
+def make_model(raw: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = None) -> Model:
+    """The model that a config.json describes; the preprocessor_config.json beside it says what is
+    taken off the pixels of a tower."""
     cfg = hf_config.decoder_config(raw)
+    if cfg.tower and preprocessor:
+        cfg = attrs.evolve(cfg, tower=with_preprocessor(cfg.tower, preprocessor))
     return Model(raw, cfg, decoder.params(cfg), weight_names(raw, cfg))
 
 

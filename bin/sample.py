@@ -1,29 +1,37 @@
-"""bin/sample: lets a model speak. One prompt, a file of prompts, or an interactive session."""
+"""bin/sample: lets a model speak. One prompt, a file of prompts, or an interactive session; about
+images, where the model has a vision tower."""
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from attrs import frozen
 
+from omnistep.bin.ask import Ask, Question
 from omnistep.bin.build import DTYPES, Model, RunError, read_model, read_tokenizer, read_weights
+from omnistep.bin.image_rules import VIDEO, image_rules, read_preprocessor
 from omnistep.core import rng
 from omnistep.core.config import SAMPLE, ConfigError, InferArguments, ModelArguments
 from omnistep.core.config_help import help_text
 from omnistep.core.config_io import load, wants_help
 from omnistep.core.tree import Tree
-from omnistep.data.chat import Message, open_template
+from omnistep.data.chat import Message, Template, open_template
 from omnistep.data.errors import DataError
+from omnistep.data.files.records import Record
+from omnistep.data.images import Source, open_clip
+from omnistep.data.patches import ImageRules
 from omnistep.data.tokenizer import Tokenizer
-from omnistep.models.generate import Generate, Sampling, make_generate
+from omnistep.models.generate import Generate, Prompt, Sampling, make_generate
 from omnistep.models.hf_config import ConfigJsonError
 from omnistep.parallel.mesh import pick_device
 
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 """Tokens that end a turn in common chat templates, beside EOS."""
+LONGEST_LOOK = 16384
+"""Images of one prompt are made smaller where they would take more tokens than this."""
 
 
 @frozen(eq=False)
@@ -35,10 +43,8 @@ class Speaker:
     stops: frozenset[int]
     max_tokens: int
     key: torch.Tensor
-    add_special_tokens: bool
-    """Whether the tokenizer adds its own (BOS) to a prompt; a chat template writes them itself."""
 
-    def answers(self, prompts: Sequence[str], seen: int = 0) -> list[str]:
+    def answers(self, prompts: Sequence[Prompt], seen: int = 0) -> list[str]:
         """Each prompt's continuation; `seen` prompts of the run came before them."""
         said: list[list[int]] = [[] for _ in prompts]
         for tokens in self._steps(prompts, seen):
@@ -47,7 +53,7 @@ class Speaker:
                     row.append(token)
         return [self.tokenizer.decode(row, skip_special_tokens=True) for row in said]
 
-    def stream(self, prompt: str, seen: int = 0) -> Iterator[str]:
+    def stream(self, prompt: Prompt, seen: int = 0) -> Iterator[str]:
         """One prompt's continuation, in pieces that end between characters."""
         ids: list[int] = []
         shown = ""
@@ -61,13 +67,10 @@ class Speaker:
                 shown = text
         yield self.tokenizer.decode(ids, skip_special_tokens=True)[len(shown) :]
 
-    def _steps(self, prompts: Sequence[str], seen: int) -> Iterator[list[int | None]]:
+    def _steps(self, prompts: Sequence[Prompt], seen: int) -> Iterator[list[int | None]]:
         """One token per prompt, None once it has ended; until all have."""
-        # an empty prompt begins as a document does: after the end of another
-        encoded = (self.tokenizer.encode(p, self.add_special_tokens) for p in prompts)
-        ids = [tokens or [self.tokenizer.eos_id] for tokens in encoded]
         ended = [False] * len(prompts)
-        for tokens in self.generate(ids, self.max_tokens, self.key, seen):
+        for tokens in self.generate(prompts, self.max_tokens, self.key, seen):
             ended = [e or t in self.stops for e, t in zip(ended, tokens, strict=True)]
             yield [None if e else t for e, t in zip(ended, tokens, strict=True)]
             if all(ended):
@@ -75,7 +78,7 @@ class Speaker:
 
 
 def make_speaker(
-    infer: InferArguments, model: Model, params: Tree, tokenizer: Tokenizer, *, chat: bool
+    infer: InferArguments, model: Model, params: Tree, tokenizer: Tokenizer
 ) -> Speaker:
     sampling = Sampling(infer.do_sample, infer.temperature, infer.top_p)
     dtype = DTYPES[infer.compute_dtype or "float32"]
@@ -87,13 +90,18 @@ def make_speaker(
         ends = (tokenizer.token_id(end) for end in TURN_ENDS if end in tokenizer.chat_template)
         stops.update(end for end in ends if end is not None)
     key = rng.key(infer.seed)
-    return Speaker(generate, tokenizer, frozenset(stops), infer.max_tokens, key, not chat)
+    return Speaker(generate, tokenizer, frozenset(stops), infer.max_tokens, key)
 
 
-def continuation(
-    infer: InferArguments, model: Model, params: Tree, tokenizer: Tokenizer, prompt: str
-) -> str:
-    return make_speaker(infer, model, params, tokenizer, chat=False).answers([prompt])[0]
+def question_of(infer: InferArguments) -> Question:
+    """infer.prompt and infer.image."""
+    return Question(infer.prompt or "", tuple(infer.image.split(",")) if infer.image else ())
+
+
+def continuation(infer: InferArguments, model: Model, params: Tree, ask: Ask) -> str:
+    """What the model says after infer.prompt."""
+    speaker = make_speaker(infer, model, params, ask.tokenizer)
+    return speaker.answers([ask.once(question_of(infer))])[0]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,43 +126,53 @@ def main(argv: list[str] | None = None) -> int:
 def run(infer: InferArguments) -> None:
     if not Path(infer.model_path).is_dir():
         raise RunError(f"infer.model_path: there is no directory {infer.model_path}")
-    prompts = None if infer.prompt_file is None else list(read_prompts(Path(infer.prompt_file)))
+    questions = None
+    if infer.prompt_file is not None:
+        questions = list(read_questions(Path(infer.prompt_file)))
+    elif infer.prompt is not None:
+        questions = [question_of(infer)]
     place = ModelArguments(
         config_path=infer.model_path, tokenizer_path=infer.tokenizer_path or infer.model_path
     )
     model = read_model(place)
     tokenizer = read_tokenizer(place, model.cfg)
+    chat = infer.chat or (questions is None and tokenizer.chat_template is not None)
+    rules = rules_of(model, infer.model_path)
+    ask = Ask(tokenizer, rules, chat_template(tokenizer, rules) if chat else None)
+    for question in questions or ():
+        ask.once(question)  # images that can't be read are told of before the weights are
     dtype = DTYPES[infer.compute_dtype or "float32"]
     params = read_weights(infer.model_path, model, dtype, pick_device())
-    interactive = prompts is None and infer.prompt is None
-    chat = infer.chat or (interactive and tokenizer.chat_template is not None)
-    wrap = chat_wrapper(tokenizer) if chat else None
-    speaker = make_speaker(infer, model, params, tokenizer, chat=chat)
-    if prompts is not None:
-        answer_file(speaker, prompts, infer.batch_size, wrap)
-    elif infer.prompt is not None:
-        prompt = infer.prompt
-        show(speaker.stream(wrap([{"role": "user", "content": prompt}]) if wrap else prompt))
+    speaker = make_speaker(infer, model, params, tokenizer)
+    if questions is None:
+        interact(speaker, ask)
+    elif infer.prompt_file is not None:
+        answer_file(speaker, ask, questions, infer.batch_size)
     else:
-        interact(speaker, wrap)
+        show(speaker.stream(ask.once(questions[0])))
 
 
-Wrap = Callable[[Sequence[Message]], str]
+def rules_of(model: Model, config_path: str) -> ImageRules | None:
+    """How images are prepared for the model of that config.json; None: it takes none."""
+    tower = model.cfg.tower
+    if tower is None:
+        return None
+    images, videos = read_preprocessor(config_path), read_preprocessor(config_path, VIDEO)
+    return image_rules(model.raw, model.cfg, LONGEST_LOOK * tower.unit, images, videos)
 
 
-def chat_wrapper(tokenizer: Tokenizer) -> Wrap:
-    """Messages to the text after which the assistant speaks."""
+def chat_template(tokenizer: Tokenizer, rules: ImageRules | None) -> Template:
     if tokenizer.chat_template is None:
         raise RunError(
             f"the tokenizer {tokenizer.path} has no chat template: leave infer.chat false to "
             "continue plain text"
         )
-    template = open_template("tokenizer", tokenizer)
-    return partial(template.render, add_generation_prompt=True)
+    return open_template("tokenizer", tokenizer, rules)
 
 
-def read_prompts(path: Path) -> Iterator[str]:
-    """The prompts of a .jsonl file (strings, or objects with "prompt"), or a text file's lines."""
+def read_questions(path: Path) -> Iterator[Question]:
+    """What a .jsonl file asks (strings, or objects with "prompt" and perhaps "images"), or a text
+    file's lines. Paths of images begin at the file's folder."""
     if not path.is_file():
         raise RunError(f"infer.prompt_file: there is no file {path}")
     try:
@@ -167,44 +185,86 @@ def read_prompts(path: Path) -> Iterator[str]:
         if not line.strip():
             continue
         found = True
-        yield _prompt(path, number, line) if path.suffix == ".jsonl" else line
+        yield _question(path, number, line) if path.suffix == ".jsonl" else Question(line)
     if not found:
         raise RunError(f"infer.prompt_file: {path} holds no prompt")
 
 
-def _prompt(path: Path, number: int, line: str) -> str:
+def _question(path: Path, number: int, line: str) -> Question:
+    where = f"{path}, line {number}"
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        raise RunError(f"{path}, line {number}: not JSON: {error}") from None
-    value = value.get("prompt") if isinstance(value, dict) else value
-    if not isinstance(value, str):
-        raise RunError(f'{path}, line {number}: a prompt is a string, or an object with "prompt"')
-    return value
+        raise RunError(f"{where}: not JSON: {error}") from None
+    fields = value if isinstance(value, dict) else {"prompt": value}
+    text, images = fields.get("prompt"), fields.get("images") or []
+    if not isinstance(text, str):
+        raise RunError(f'{where}: a prompt is a string, or an object with "prompt"')
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise RunError(f'{where}: "images" must be a list of paths or base64')
+    return Question(text, tuple(images), str(path.parent), where)
 
 
-def answer_file(speaker: Speaker, prompts: Sequence[str], size: int, wrap: Wrap | None) -> None:
-    """One JSON object a line, in the order of the prompts."""
-    for start in range(0, len(prompts), size):
-        part = prompts[start : start + size]
-        texts = [wrap([{"role": "user", "content": p}]) for p in part] if wrap else part
-        for prompt, answer in zip(part, speaker.answers(texts, start), strict=True):
-            print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False), flush=True)
+def answer_file(speaker: Speaker, ask: Ask, questions: Sequence[Question], size: int) -> None:
+    """One JSON object a line, in the order of the questions."""
+    for start in range(0, len(questions), size):
+        part = questions[start : start + size]
+        answers = speaker.answers([ask.once(question) for question in part], start)
+        for question, answer in zip(part, answers, strict=True):
+            line = {"prompt": question.text, "answer": answer}
+            print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
-def interact(speaker: Speaker, wrap: Wrap | None) -> None:
-    """A chat, or without a chat template continuations, until `exit` or the end of input."""
-    print("clear: forget what was said; exit: leave" if wrap else "text to continue; exit: leave")
-    messages: list[Message] = []
-    for turn, line in enumerate(_lines()):
+@frozen
+class Talk:
+    """A conversation so far."""
+
+    messages: tuple[Message, ...] = ()
+    images: tuple[Any, ...] = ()
+    """In the order of their places in the messages."""
+
+    def turn(self, role: str, said: Question) -> "Talk":
+        message = {"role": role, "content": said.content}
+        return Talk((*self.messages, message), (*self.images, *said.images))
+
+    @property
+    def record(self) -> Record:
+        images = {"images": list(self.images)} if self.images else {}
+        return Record({"messages": list(self.messages), **images}, "the conversation")
+
+
+def interact(speaker: Speaker, ask: Ask) -> None:
+    """A chat, or without a chat template continuations, until `exit` or the end of input. What
+    can't be done is told, and takes nothing away of what was said before."""
+    commands = ["text to continue"]
+    if ask.template is not None:
+        commands = ["clear: forget what was said"]
+    if ask.rules is not None:
+        commands.append("image PATH: show an image with the next message")
+    print("; ".join([*commands, "exit: leave"]))
+    talk, shown = Talk(), ()
+    for number, line in enumerate(_lines()):
+        command, _, path = line.strip().partition(" ")
         if line.strip() == "exit":
             return
         if line.strip() == "clear":
-            messages = []
-            continue
-        messages.append({"role": "user", "content": line})
-        answer = show(speaker.stream(wrap(messages) if wrap else line, turn))
-        messages.append({"role": "assistant", "content": answer})
+            talk, shown = Talk(), ()
+        elif command == "image" and path and ask.rules is not None:
+            try:
+                open_clip(Source(path.strip()), "")
+            except DataError as error:
+                print(f"error: {error}")
+            else:
+                shown = (*shown, path.strip())
+        else:
+            asked = (talk if ask.template else Talk()).turn("user", Question(line, shown))
+            try:
+                prompt = ask.conversation(asked.record)
+            except DataError as error:
+                print(f"error: {error}")
+                continue
+            answer = show(speaker.stream(prompt, number))
+            talk, shown = asked.turn("assistant", Question(answer)), ()
 
 
 def _lines() -> Iterator[str]:

@@ -296,13 +296,16 @@ def finish(
     if args.infer.prompt is not None and mesh.world.size > 1 and not args.train.save_hf_weights:
         say("no sample of text: with several ranks it needs train.save_hf_weights")
     elif args.infer.prompt is not None:
-        from omnistep.bin.sample import continuation
+        from omnistep.bin.ask import Ask
+        from omnistep.bin.sample import continuation, rules_of
 
         if mesh.world.size > 1:  # this rank holds a piece of them
             dtype = build.param_dtype(args.train, model)
             params = build.read_weights(str(hf), model, dtype, mesh.device)
         tokenizer = build.read_tokenizer(args.model, model.cfg)
-        text = continuation(args.infer, model, params, tokenizer, args.infer.prompt)
+        template = build.open_chat_template(args.data, tokenizer) if args.infer.chat else None
+        ask = Ask(tokenizer, rules_of(model, args.model.config_path or ""), template)
+        text = continuation(args.infer, model, params, ask)
         say(f"\n{args.infer.prompt}{text}\n")
     places = {
         "checkpoints": args.train.checkpoint_dir or output / "checkpoints",

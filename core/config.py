@@ -277,6 +277,11 @@ class InferArguments:
     prompt: str | None = arg(
         None, "text to continue; none, and no prompt_file: an interactive session"
     )
+    image: str | None = arg(
+        None,
+        "image file, or comma list: stands where the prompt has <image>, or in front of it",
+        path=True,
+    )
     prompt_file: str | None = arg(
         None, "file of prompts: .jsonl, or else one prompt per line", path=True
     )

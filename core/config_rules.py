@@ -276,6 +276,9 @@ def _precision(train: TrainArguments) -> Iterator[Problem]:
 def _infer(infer: InferArguments) -> Iterator[Problem]:
     if infer.prompt is not None and infer.prompt_file is not None:
         yield Problem(("infer.prompt", "infer.prompt_file"), "set one of them")
+    if infer.image is not None and infer.prompt is None:
+        text = "it is shown with infer.prompt: set that too (in a chat, `image PATH` shows one)"
+        yield Problem(("infer.image",), text)
 
 
 def resolve(args: Arguments, *, world_size: int, cuda: bool, command: Command = TRAIN) -> Arguments:
