@@ -288,9 +288,8 @@ def export_weights(
     lazy = {}
     if layout is None or layout.mesh.device_mesh is None:
         for theirs, parts in names.tensors(params).items():
-            leaves = [local[part.ours] for part in parts]
-            read = partial(_tensor, leaves, parts[0].at, parts[0].shape)
-            lazy[theirs] = LazyTensor(parts[0].shape, leaves[0].dtype, read)
+            read = partial(_tensor, parts, local)
+            lazy[theirs] = LazyTensor(parts[0].shape, local[parts[0].ours].dtype, read)
         return lazy
     mesh, places = layout.mesh, leaves_with_names(layout.places)
     extents = {name: extent(place, mesh) for name, place in places.items()}
@@ -307,15 +306,27 @@ def export_weights(
         whole = part.param.shape[stacked:]
         whole = (whole[0], len(parts), *whole[1:]) if len(parts) > 1 else whole
         pieces = Pieces(whole, held, leaves[0].device)
-        read = partial(_tensor, leaves, here)
+        read = partial(_piece, leaves, here)
         lazy[theirs] = LazyTensor(part.shape, leaves[0].dtype, read, pieces)
     return lazy
 
 
-def _tensor(leaves: Sequence[Tensor], at: tuple[int, ...], shape: Shape | None = None) -> Tensor:
-    """What is at `at` of a leaf, or of two leaves that are the halves of each expert's rows."""
-    value = leaves[0][at] if len(leaves) == 1 else torch.stack([leaf[at] for leaf in leaves], 1)
-    return value if shape is None else value.reshape(shape)
+def _tensor(parts: Sequence[Part], leaves: Mapping[str, Tensor]) -> Tensor:
+    return joined(parts, [leaves[part.ours][part.at] for part in parts])
+
+
+def _piece(leaves: Sequence[Tensor], at: tuple[int, ...]) -> Tensor:
+    return _stacked([leaf[at] for leaf in leaves])
+
+
+def joined(parts: Sequence[Part], values: Sequence[Tensor]) -> Tensor:
+    """A tensor as files have it, of the values of all its parts."""
+    return _stacked(values).reshape(parts[0].shape)
+
+
+def _stacked(values: Sequence[Tensor]) -> Tensor:
+    """One tensor, or two that are the halves of each expert's rows."""
+    return values[0] if len(values) == 1 else torch.stack(list(values), 1)
 
 
 Cells = dict[tuple[int, ...], dict[Box, tuple[int, ...]]]

@@ -94,7 +94,7 @@ def tensors(directory: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_transformers_saves_is_read_and_what_is_exported_it_loads(family, saved, tmp_path):
-    raw, tree, names = described(saved / family)
+    _, tree, names = described(saved / family)
     theirs = tensors(saved / family)
     used = {name for name in theirs if not name.endswith(UNUSED)}
     assert names.tensors(tree).keys() == used  # nothing is left unread
