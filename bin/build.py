@@ -160,7 +160,8 @@ def read_weights(
     layout: Layout | None = None,
 ) -> Tree:
     try:
-        source = open_weights(path)
+        weights = open_weights(path)
+        source = hf.respelled(weights, weights.infos, model.names, model.tree)
         return hf.import_weights(model.tree, model.names, source, dtype, device, layout)
     except (OSError, ValueError) as error:
         raise RunError(f"the weights at {path} can't be used: {error}") from error

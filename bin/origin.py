@@ -73,7 +73,12 @@ def open_origin(path: str, prefix: str | None) -> Origin:
             )
         weights = open_weights(place)
         config = _config_beside(place if place.is_dir() else place.parent)
-        return Origin(kind, f"Hugging Face weights {path}", lambda _: weights, config)
+        return Origin(
+            kind,
+            f"Hugging Face weights {path}",
+            lambda model: hf.respelled(weights, weights.infos, model.names, model.tree),
+            config,
+        )
     except ValueError as error:
         raise RunError(str(error)) from error
 
@@ -141,13 +146,13 @@ class CheckpointWeights:
 
     stored: Stored
     leaves: Mapping[str, Any]
-    parts: Mapping[str, Part]
-    """By their Hugging Face names."""
+    tensors: Mapping[str, tuple[Part, ...]]
+    """What each tensor is made of, by their Hugging Face names."""
 
     @classmethod
     def of(cls, stored: Stored, place: str, model: Model) -> "CheckpointWeights":
-        parts = {part.theirs: part for part in model.names.all_parts(model.tree)}
-        known = {PARAMS + part.ours: part.param for part in parts.values()}
+        tensors = model.names.tensors(model.tree)
+        known = {PARAMS + part.ours: part.param for parts in tensors.values() for part in parts}
         leaves = stored.leaves()
         others = [n for n in leaves if n.startswith(PARAMS) and n not in known]
         if others:
@@ -162,19 +167,22 @@ class CheckpointWeights:
                     f"{place} holds as {name} {held}; the model's configuration asks for "
                     f"{list(param.shape)}"
                 )
-        return cls(stored, leaves, parts)
+        return cls(stored, leaves, tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.parts[name].shape
+        return self.tensors[name][0].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.leaves[PARAMS + self.parts[name].ours].dtype
+        return self.leaves[PARAMS + self.tensors[name][0].ours].dtype
 
     def read(self, name: str, slices: Sequence[slice]) -> Tensor:
-        part = self.parts[name]
+        parts = self.tensors[name]
+        return hf.joined(parts, [self._part(part) for part in parts])[tuple(slices)]
+
+    def _part(self, part: Part) -> Tensor:
         cuts = [slice(i, i + 1) for i in part.at]
         cuts += [slice(0, n) for n in part.param.shape[len(cuts) :]]
-        return self.stored.part(PARAMS + part.ours, cuts).reshape(part.shape)[tuple(slices)]
+        return self.stored.part(PARAMS + part.ours, cuts)[(0,) * len(part.at)]
 
 
 # ---- torch.distributed.checkpoint ------------------------------------------------------------
