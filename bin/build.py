@@ -1,73 +1,35 @@
 """What a run is made of: each part built from the resolved arguments."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import attrs
-import torch
 from attrs import frozen
 
-from omnistep.bin.image_rules import read_preprocessor
-from omnistep.core import optim, param, rng
+from omnistep.bin.image_rules import image_rules
+from omnistep.bin.model import Model, RunError, compute_dtype, lr_scale, param_dtype, parts_of
+from omnistep.core import optim, param
 from omnistep.core.checkpoint.place import Place, committed, open_place
 from omnistep.core.checkpoint.ranks import Ranks
-from omnistep.core.checkpoint.safetensors import open_weights
 from omnistep.core.config import Arguments, DataArguments, ModelArguments, TrainArguments
 from omnistep.core.config_mesh import mesh_sizes
 from omnistep.core.param import Layout
 from omnistep.core.schedule import make_schedule
 from omnistep.core.step import Schedule
-from omnistep.core.tree import Tree
 from omnistep.data.chat import Template, open_template
 from omnistep.data.loader import Loader, make_loader
 from omnistep.data.loader_config import LoaderConfig
+from omnistep.data.patches import ImageRules
 from omnistep.data.sources import Described, open_reader
 from omnistep.data.steps import packed_steps, padded_steps
 from omnistep.data.tokenizer import Tokenizer, load_tokenizer
-from omnistep.models import decoder, hf, hf_config
+from omnistep.models import decoder, hf_config
 from omnistep.models.cost import active
-from omnistep.models.hf_names import Names, weight_names
-from omnistep.models.hf_vision import with_preprocessor
 from omnistep.parallel import mesh as meshes
 from omnistep.parallel.layout import Strategy
 from omnistep.parallel.mesh import Mesh, MeshError
 from omnistep.parallel.remat import Remat
-
-
-class RunError(Exception):
-    """Something a run was given does not fit; str() says what, and what would."""
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
-
-@frozen(eq=False)
-class Model:
-    """A model before it has values."""
-
-    raw: Mapping[str, Any]
-    """The config.json as it was read."""
-    cfg: decoder.Config
-    tree: Tree
-    """Of Params."""
-    names: Names
-    """Of its weights in files."""
-
-
-def read_model(args: ModelArguments) -> Model:
-    path = args.config_path or ""
-    return make_model(hf_config.read_config_json(path), read_preprocessor(path))
-
-
-def make_model(raw: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = None) -> Model:
-    """The model that a config.json describes; the preprocessor_config.json beside it says what is
-    taken off the pixels of a tower."""
-    cfg = hf_config.decoder_config(raw)
-    if cfg.tower and preprocessor:
-        cfg = attrs.evolve(cfg, tower=with_preprocessor(cfg.tower, preprocessor))
-    return Model(raw, cfg, decoder.params(cfg), weight_names(raw, cfg))
 
 
 def read_tokenizer(args: ModelArguments, cfg: decoder.Config) -> Tokenizer:
@@ -82,11 +44,35 @@ def read_tokenizer(args: ModelArguments, cfg: decoder.Config) -> Tokenizer:
     return tokenizer
 
 
-def open_chat_template(args: DataArguments, tokenizer: Tokenizer) -> Template | None:
+def open_chat_template(
+    args: DataArguments, tokenizer: Tokenizer, images: ImageRules | None
+) -> Template | None:
     """The one that conversations are trained by; None where there are none."""
-    return (
-        open_template(args.chat_template, tokenizer) if args.data_type == "conversation" else None
-    )
+    if args.data_type != "conversation":
+        return None
+    return open_template(args.chat_template, tokenizer, images)
+
+
+def make_image_rules(args: Arguments, model: Model, mesh: Mesh) -> ImageRules | None:
+    """How images become patches, and how many a sample may have; None for a model without a tower.
+    Raises RunError where the ranks that share a row's patches can't do so evenly."""
+    data, tower, ranks = args.data, model.cfg.tower, mesh.size("cp", "ulysses", "tp")
+    if tower is None:
+        if data.max_patches is not None:
+            raise RunError(
+                f"data.max_patches = {data.max_patches}, but a {model.raw['model_type']} takes no "
+                "images: leave it out, or put a tower in front of it (model.encoders)"
+            )
+        return None
+    part = tower.unit * ranks
+    wanted = data.max_patches or max(data.max_seq_len // part, 1) * part
+    if wanted % part:
+        raise RunError(
+            f"data.max_patches = {wanted}; it must be a multiple of {part}: {tower.unit} patches "
+            f"become a token, and {ranks} ranks share them; nearest: "
+            f"{wanted // part * part or part} or {(wanted // part + 1) * part}"
+        )
+    return image_rules(model, wanted)
 
 
 def make_mesh(args: TrainArguments, world_size: int) -> Mesh:
@@ -111,60 +97,10 @@ def make_layout(args: TrainArguments, model: Model, mesh: Mesh) -> Layout:
         raise RunError(f"the model does not fit the mesh: {error}") from None
 
 
-def param_dtype(args: TrainArguments, model: Model) -> torch.dtype:
-    """What parameters are kept in: fp32 with mixed precision, else the one dtype of everything."""
-    if args.optimizer == "anyprecision_adamw":
-        return torch.bfloat16
-    if args.enable_mixed_precision:
-        return torch.float32
-    if args.compute_dtype is not None:
-        return DTYPES[args.compute_dtype]
-    name = str(model.raw.get("dtype") or model.raw.get("torch_dtype") or "float32")
-    if name not in DTYPES:
-        raise RunError(f"the model config's dtype {name!r} is not one of {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def compute_dtype(args: TrainArguments, model: Model) -> torch.dtype:
-    if args.compute_dtype is None:
-        return param_dtype(args, model)
-    return DTYPES[args.compute_dtype]
-
-
 def remat_mode(args: TrainArguments) -> Remat:
     if not args.enable_gradient_checkpointing:
         return "none"
     return "full" if args.enable_reentrant else "selective"
-
-
-def make_params(args: Arguments, model: Model, layout: Layout) -> Tree:
-    """The weights a run starts from: read from model_path, else a function of train.seed alone. A
-    rank reads or makes only its own pieces.
-
-    init_device cpu makes random values on the CPU and moves them; cuda and meta make each in
-    place on the device. The values are the same.
-    """
-    dtype, device = param_dtype(args.train, model), layout.mesh.device
-    if args.model.model_path:
-        return read_weights(args.model.model_path, model, dtype, device, layout)
-    place = torch.device("cpu") if args.train.init_device == "cpu" else device
-    key = rng.key(args.train.seed, place)
-    return param.initialize(model.tree, key, dtype, device, layout)
-
-
-def read_weights(
-    path: str,
-    model: Model,
-    dtype: torch.dtype,
-    device: torch.device,
-    layout: Layout | None = None,
-) -> Tree:
-    try:
-        weights = open_weights(path)
-        source = hf.respelled(weights, weights.infos, model.names, model.tree)
-        return hf.import_weights(model.tree, model.names, source, dtype, device, layout)
-    except (OSError, ValueError) as error:
-        raise RunError(f"the weights at {path} can't be used: {error}") from error
 
 
 def make_optimizer(args: TrainArguments, model: Model) -> optim.Optimizer:
@@ -173,6 +109,7 @@ def make_optimizer(args: TrainArguments, model: Model) -> optim.Optimizer:
         weight_decay=args.weight_decay,
         decay_mask=param.decay_mask(model.tree),
         learned=param.learned_mask(model.tree),
+        lr_scale=lr_scale(model, args),
     )
 
 
@@ -198,7 +135,12 @@ class Data:
 
 
 def open_data(
-    args: Arguments, tokenizer: Tokenizer, mesh: Mesh, ranks: Ranks, warn: Callable[[str], None]
+    args: Arguments,
+    tokenizer: Tokenizer,
+    images: ImageRules | None,
+    mesh: Mesh,
+    ranks: Ranks,
+    warn: Callable[[str], None],
 ) -> Data:
     """Opens the training data and starts its workers. Padded data whose number of pieces is not
     that of its samples is counted by one pass."""
@@ -221,6 +163,7 @@ def open_data(
         bad_records=data.bad_records,
         data_rank=mesh.index("dp_replicate", "dp_shard"),
         data_ranks=mesh.data_ranks,
+        images=images,
     )
     reader = open_reader(_described(args, data.train_path), tokenizer, config.rules, train.seed)
 
@@ -261,7 +204,11 @@ def _capped(steps: int, args: TrainArguments) -> int:
 
 
 def open_eval(
-    args: Arguments, tokenizer: Tokenizer, ranks: Ranks, warn: Callable[[str], None]
+    args: Arguments,
+    tokenizer: Tokenizer,
+    images: ImageRules | None,
+    ranks: Ranks,
+    warn: Callable[[str], None],
 ) -> Loader | None:
     """The held-out data, in micro-batches of the training's shape; None where none is given."""
     if args.data.eval_path is None:
@@ -273,6 +220,7 @@ def open_eval(
         rmpad_with_pos_ids=args.train.rmpad_with_pos_ids,
         bad_records=args.data.bad_records,
         drop_last=False,
+        images=images,
     )
     described = _described(args, args.data.eval_path, argument="data.eval_path")
     reader = open_reader(described, tokenizer, config.rules, args.train.seed)
@@ -287,6 +235,7 @@ def _described(args: Arguments, path: str, argument: str = "data.train_path") ->
         data_type=data.data_type,
         datasets_type=data.datasets_type,
         text_keys=data.text_keys or (),
+        image_keys=data.image_keys,
         chat_template=data.chat_template,
         shuffle_buffer=data.shuffle_buffer,
     )
@@ -333,6 +282,8 @@ def describe(args: Arguments, model: Model, data: Data, mesh: Mesh) -> str:
     weights = str(param_dtype(train, model)).removeprefix("torch.")
     compute = str(compute_dtype(train, model)).removeprefix("torch.")
     start = args.model.model_path or f"random, seed {train.seed}"
+    if encoder := args.model.encoders.get("image"):
+        start += f", encoder from {encoder.get('model_path') or 'random'}"
     lines = {
         "model": f"{model.raw['model_type']}, {size}), from {start}",
         "mesh": mesh_text(mesh, train),
@@ -347,6 +298,10 @@ def describe(args: Arguments, model: Model, data: Data, mesh: Mesh) -> str:
         f"{train.num_train_epochs} epoch(s) of {data.epoch_steps}",
         "output": train.output_dir,
     }
+    if images := data.loader.config.images:
+        lines["images"] = f"at most {images.max_patches} patches a sample, {images.unit} a token"
+    if frozen := [part for part, learned in parts_of(model).items() if not learned]:
+        lines["frozen"] = ", ".join(frozen)
     if dropout := hf_config.unused_dropout(model.raw):
         lines["note"] = f"the model config asks for dropout {dropout}; training has none"
     return "\n".join(f"{name:>8}  {text}" for name, text in lines.items())

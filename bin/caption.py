@@ -14,7 +14,8 @@ import torch
 from attrs import frozen
 
 from omnistep.bin.ask import IMAGE, Ask
-from omnistep.bin.build import Model, RunError, read_model, read_tokenizer, read_weights
+from omnistep.bin.build import read_tokenizer
+from omnistep.bin.model import Model, RunError, read_model, read_weights
 from omnistep.bin.sample import Speaker, chat_template, make_speaker, rules_of
 from omnistep.core import rng
 from omnistep.core.config import InferArguments, ModelArguments
@@ -94,7 +95,7 @@ def open_captioner(path: str, max_tokens: int) -> Captioner:
         raise RunError(f"there is no directory {path}")
     place = ModelArguments(config_path=path, tokenizer_path=path)
     model = read_model(place)
-    tokenizer, rules = read_tokenizer(place, model.cfg), rules_of(model, path)
+    tokenizer, rules = read_tokenizer(place, model.cfg), rules_of(model)
     weights = read_weights(path, model, torch.float32, pick_device())
     infer = InferArguments(model_path=path, do_sample=False, max_tokens=max_tokens, compile=False)
     ask = Ask(tokenizer, rules, chat_template(tokenizer, rules))

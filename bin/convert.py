@@ -19,8 +19,15 @@ from attrs import define, field, frozen
 from torch import Tensor
 
 from omnistep.bin import build
-from omnistep.bin.build import Model, RunError
 from omnistep.bin.export import export
+from omnistep.bin.model import (
+    DTYPES,
+    Model,
+    RunError,
+    make_model,
+    param_dtype,
+    read_model,
+)
 from omnistep.bin.origin import PARAMS, Origin, kind_of, open_origin
 from omnistep.bin.position import first, first_key
 from omnistep.core import param, rng
@@ -79,7 +86,7 @@ beside the checkpoints. What is given here wins.""",
     words="SOURCE TARGET [recipe.yaml]",
 )
 
-DTYPES = {**build.DTYPES, "float16": torch.float16}
+WRITTEN = {**DTYPES, "float16": torch.float16}
 TARGETS = ("hf", "checkpoint")
 READ_FOR = {
     "hf": ("model.config_path", "model.tokenizer_path", "data."),
@@ -128,7 +135,7 @@ def read_job(argv: Sequence[str]) -> Job:
     words, texts = read_command_line(argv)
     if len(words) not in (2, 3):
         raise ConfigError([f"expected {CONVERT.words}; given: {' '.join(words) or 'nothing'}"])
-    to, dtype = _option(texts, "to", TARGETS), _option(texts, "dtype", DTYPES)
+    to, dtype = _option(texts, "to", TARGETS), _option(texts, "dtype", WRITTEN)
     prefix = _option(texts, "prefix")
     to = to or ("checkpoint" if kind_of(words[0]) == "hf" else "hf")
     if dtype is not None and to == "checkpoint":
@@ -149,7 +156,7 @@ def read_job(argv: Sequence[str]) -> Job:
         raise ConfigError(
             [f"{target}: a TARGET hf is a local directory; only checkpoints may be in a bucket"]
         )
-    return Job(words[0], target, to, None if dtype is None else DTYPES[dtype], prefix, rest)
+    return Job(words[0], target, to, None if dtype is None else WRITTEN[dtype], prefix, rest)
 
 
 def _option(texts: dict[str, str | None], name: str, allowed: Collection[str] = ()) -> str | None:
@@ -174,14 +181,14 @@ def arguments(job: Job, origin: Origin) -> Arguments:
     return resolve(args, world_size=1, cuda=False, command=CONVERT)
 
 
-def read_model(job: Job, origin: Origin, args: Arguments) -> Model:
+def model_of(job: Job, origin: Origin, args: Arguments) -> Model:
     """By the config.json that was given, else the source's own, else the recipe's."""
     given = parse(job.argv, CONVERT).model.config_path
     if given is None and origin.config is not None:
-        return build.make_model(origin.config)
+        return make_model(origin.config)
     if args.model.config_path is None or (given is None and origin.kind == "hf"):
         raise RunError(f"{job.source} has no config.json of the model: give --model.config_path")
-    return build.read_model(args.model)
+    return read_model(args.model)
 
 
 # ---- the target ------------------------------------------------------------------------------
@@ -191,7 +198,7 @@ def run(job: Job) -> None:
     check_target(job)
     origin = open_origin(job.source, job.prefix)
     args = arguments(job, origin)
-    model = read_model(job, origin, args)
+    model = model_of(job, origin, args)
     try:
         source = origin.weights(model)
         # looks at all names and shapes
@@ -287,7 +294,7 @@ def speech(
 
 def to_checkpoint(job: Job, args: Arguments, model: Model, source: hf.Source) -> int:
     """Step 0 of a run, as bin/position.py starts one from the same weights. Returns its bytes."""
-    optimizer, dtype = build.make_optimizer(args.train, model), build.param_dtype(args.train, model)
+    optimizer, dtype = build.make_optimizer(args.train, model), param_dtype(args.train, model)
     weights = param.abstract(model.tree, dtype)
     state = init_state(weights, optimizer, rng.key(0, "meta"))
     tree = first(attrs.evolve(state, key=first_key(args)), model).tree()

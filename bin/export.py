@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from omnistep.bin.build import Model
+from omnistep.bin.model import PREPROCESSOR, VIDEO, Model
 from omnistep.core.checkpoint.pieces import LazyTensor
 from omnistep.core.checkpoint.ranks import Ranks
 from omnistep.core.checkpoint.weight_files import write_weights
@@ -47,7 +47,12 @@ def export(
         written = write_config(directory, model, dtype, tokenizer, template)
         if tokenizer is not None:
             written |= copy_tokenizer(directory, tokenizer, template)
-        for name in {*TOKENIZER_FILES, GENERATION} - written:  # of another model
+        for name in {
+            *TOKENIZER_FILES,
+            GENERATION,
+            PREPROCESSOR,
+            VIDEO,
+        } - written:  # of another model
             (directory / name).unlink(missing_ok=True)
 
     ranks.ask_first(write_rest)
@@ -74,7 +79,10 @@ def write_config(
     if tokenizer is not None:
         config.setdefault("eos_token_id", tokenizer.eos_id)
     _write(directory / "config.json", json.dumps(config, indent=2) + "\n")
-    return {"config.json"} if template is None else {"config.json", GENERATION}
+    for name, content in model.preprocessors.items():
+        _write(directory / name, json.dumps(content, indent=2) + "\n")
+    written = {"config.json", *model.preprocessors}
+    return written if template is None else {*written, GENERATION}
 
 
 def copy_tokenizer(directory: Path, tokenizer: Tokenizer, template: Template | None) -> set[str]:

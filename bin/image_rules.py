@@ -1,49 +1,30 @@
 """How the images of a model are to be prepared: what its config.json and the
 preprocessor_config.json beside it say, as the rules of the data side."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from omnistep.bin.model import PREPROCESSOR, VIDEO, Model
 from omnistep.data.images import FILTERS
 from omnistep.data.patches import ImageRules
-from omnistep.models.config import Config, Tower
+from omnistep.models.config import Tower
 from omnistep.models.hf_config import ConfigJsonError
 from omnistep.models.hf_vision import ImageTokens
 
 Json = Mapping[str, Any]
-PREPROCESSOR, VIDEO = "preprocessor_config.json", "video_preprocessor_config.json"
 
 
-def read_preprocessor(config_path: str, name: str = PREPROCESSOR) -> dict[str, Any]:
-    """What stands in that file beside a config.json, itself or its directory; {} where there is
-    none. Raises ConfigJsonError where it can't be read."""
-    place = Path(config_path)
-    file = (place if place.is_dir() else place.parent) / name
-    if not file.is_file():
-        return {}
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigJsonError(f"{file} can't be read as JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigJsonError(f"{file} holds a JSON {type(raw).__name__}, not an object")
-    return raw
+def image_rules(model: Model, max_patches: int) -> ImageRules | None:
+    """Of a model, with room for so many patches in a sample; None where it has no tower.
 
-
-def image_rules(
-    raw: Json, cfg: Config, max_patches: int, images: Json, videos: Json
-) -> ImageRules | None:
-    """Of the model that the config.json `raw` describes; None where it has no tower.
-
-    `images` and `videos` are its preprocessor_config.json and video_preprocessor_config.json. Sizes
-    that they do not name are those of transformers' processors. Raises ConfigJsonError where they
-    are not built or do not fit together.
+    Sizes that its preprocessor_config.json and video_preprocessor_config.json do not name are those
+    of transformers' processors. Raises ConfigJsonError where they are not built or do not fit
+    together.
     """
-    tower = cfg.tower
+    raw, tower = model.raw, model.cfg.tower
     if tower is None:
         return None
+    images, videos = (model.preprocessors.get(name, {}) for name in (PREPROCESSOR, VIDEO))
     tokens, family = ImageTokens.of(raw), str(raw.get("model_type"))
     vision = raw.get("vision_config") or {}
     try:
@@ -59,7 +40,7 @@ def image_rules(
             window=tower.window,
             class_token=tower.class_token,
             resampling=_resampling(images),
-            rope=bool(cfg.rope_axes),
+            rope=bool(model.cfg.rope_axes),
             tokens_per_second=(
                 float(vision.get("tokens_per_second", 4)) if family == "qwen2_5_vl" else None
             ),

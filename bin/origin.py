@@ -14,7 +14,8 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from omnistep.bin.build import Model, RunError, checkpoint_place
+from omnistep.bin.build import checkpoint_place
+from omnistep.bin.model import Model, RunError
 from omnistep.core.checkpoint.dcp_weights import (
     METADATA,
     METADATA_SUM,

@@ -10,7 +10,7 @@ from attrs import frozen
 from torch import Tensor
 
 from omnistep.bin import build
-from omnistep.bin.build import Model, RunError
+from omnistep.bin.model import Model, RunError, make_params, param_dtype
 from omnistep.core import param, rng
 from omnistep.core.checkpoint.protocol import CheckpointStore, DamagedError
 from omnistep.core.checkpoint.store import open_store
@@ -73,9 +73,9 @@ def start(
             f"--train.load_checkpoint_path auto, or choose another {argument}"
         )
     if path is None or (path == "auto" and own is None):
-        params = build.make_params(args, model, layout)
+        params = make_params(args, model, layout)
         return first(init_state(params, optimizer, first_key(args)), model)
-    weights = param.abstract(model.tree, build.param_dtype(args.train, model), layout)
+    weights = param.abstract(model.tree, param_dtype(args.train, model), layout)
     abstract = init_state(weights, optimizer, rng.key(0, "meta"))
 
     def read(source: CheckpointStore, step: int) -> Position:

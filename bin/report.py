@@ -7,7 +7,8 @@ import attrs
 from attrs import define, field, frozen
 from torch import Tensor
 
-from omnistep.bin.build import Data, Model, RunError
+from omnistep.bin.build import Data
+from omnistep.bin.model import Model, RunError
 from omnistep.bin.position import Position
 from omnistep.core.batch import Batch
 from omnistep.core.checkpoint.protocol import CheckpointStore

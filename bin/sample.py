@@ -11,8 +11,9 @@ import torch
 from attrs import frozen
 
 from omnistep.bin.ask import Ask, Question
-from omnistep.bin.build import DTYPES, Model, RunError, read_model, read_tokenizer, read_weights
-from omnistep.bin.image_rules import VIDEO, image_rules, read_preprocessor
+from omnistep.bin.build import read_tokenizer
+from omnistep.bin.image_rules import image_rules
+from omnistep.bin.model import DTYPES, Model, RunError, read_model, read_weights
 from omnistep.core import rng
 from omnistep.core.config import SAMPLE, ConfigError, InferArguments, ModelArguments
 from omnistep.core.config_help import help_text
@@ -137,7 +138,7 @@ def run(infer: InferArguments) -> None:
     model = read_model(place)
     tokenizer = read_tokenizer(place, model.cfg)
     chat = infer.chat or (questions is None and tokenizer.chat_template is not None)
-    rules = rules_of(model, infer.model_path)
+    rules = rules_of(model)
     ask = Ask(tokenizer, rules, chat_template(tokenizer, rules) if chat else None)
     for question in questions or ():
         ask.once(question)  # images that can't be read are told of before the weights are
@@ -152,13 +153,9 @@ def run(infer: InferArguments) -> None:
         show(speaker.stream(ask.once(questions[0])))
 
 
-def rules_of(model: Model, config_path: str) -> ImageRules | None:
-    """How images are prepared for the model of that config.json; None: it takes none."""
-    tower = model.cfg.tower
-    if tower is None:
-        return None
-    images, videos = read_preprocessor(config_path), read_preprocessor(config_path, VIDEO)
-    return image_rules(model.raw, model.cfg, LONGEST_LOOK * tower.unit, images, videos)
+def rules_of(model: Model) -> ImageRules | None:
+    """How images are prepared; None: the model takes none."""
+    return image_rules(model, LONGEST_LOOK * (model.cfg.tower.unit if model.cfg.tower else 1))
 
 
 def chat_template(tokenizer: Tokenizer, rules: ImageRules | None) -> Template:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from omnistep.bin import build
-from omnistep.bin.build import Model, RunError
 from omnistep.bin.export import export
 from omnistep.bin.launch import Launch, LaunchError, fail, join, leave, read_launch, take_nproc
+from omnistep.bin.model import Model, RunError, param_dtype, read_model, read_weights, with_frozen
 from omnistep.bin.position import Position, start
 from omnistep.bin.report import Dispatched, Meters, Say, report
 from omnistep.bin.spawn import spawn
@@ -48,6 +48,7 @@ from omnistep.core.step import make_eval_step, make_train_step
 from omnistep.core.tree import Tree, tree_map
 from omnistep.data.errors import DataError
 from omnistep.data.loader import Loader
+from omnistep.data.patches import ImageRules
 from omnistep.models import decoder
 from omnistep.models.hf import export_weights
 from omnistep.models.hf_config import ConfigJsonError
@@ -90,9 +91,10 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
         torch.use_deterministic_algorithms(True)
 
     # What takes part. The data comes first: its worker processes must start before jax does.
-    model = build.read_model(args.model)
+    model = with_frozen(read_model(args.model), train)
     tokenizer = build.read_tokenizer(args.model, model.cfg)
     mesh = build.make_mesh(train, world_size)
+    images = build.make_image_rules(args, model, mesh)
     if mesh.device.type == "cpu":
         keep_freed_memory()
     layout = build.make_layout(train, model, mesh)
@@ -100,8 +102,8 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
     say = partial(print, flush=True) if first else lambda text: None
     peak = peak_flops(mesh.device, layout.dtype)  # a CPU's is measured: before others take a core
     together = all_ranks()
-    data = build.open_data(args, tokenizer, mesh, together, say)
-    held_out = build.open_eval(args, tokenizer, together, say)
+    data = build.open_data(args, tokenizer, images, mesh, together, say)
+    held_out = build.open_eval(args, tokenizer, images, together, say)
     optimizer = build.make_optimizer(train, model)
     compiled = not train.enable_manual_eager
     stages = decoder.make_stages(model.cfg, layout, mode=build.remat_mode(train), compile=compiled)
@@ -211,11 +213,11 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
             return RESUME_ME
         evaluate(position)
         if train.save_hf_weights:
-            template = build.open_chat_template(args.data, tokenizer)
+            template = build.open_chat_template(args.data, tokenizer, images)
             weights = export_weights(model.tree, model.names, position.state.params, layout)
             export(output / "hf", model, weights, tokenizer, template, together)
     if first:
-        finish(args, output, model, position, mesh, logger.say)
+        finish(args, output, model, images, position, mesh, logger.say)
     return 0
 
 
@@ -288,7 +290,13 @@ def _profile(args: Arguments) -> ProfileConfig | None:
 
 
 def finish(
-    args: Arguments, output: Path, model: Model, position: Position, mesh: Mesh, say: Say
+    args: Arguments,
+    output: Path,
+    model: Model,
+    images: ImageRules | None,
+    position: Position,
+    mesh: Mesh,
+    say: Say,
 ) -> None:
     """The picture, a sample of what was learned, and where everything is."""
     plot_losses(output / METRICS_FILE, output / "loss.png")
@@ -297,14 +305,16 @@ def finish(
         say("no sample of text: with several ranks it needs train.save_hf_weights")
     elif args.infer.prompt is not None:
         from omnistep.bin.ask import Ask
-        from omnistep.bin.sample import continuation, rules_of
+        from omnistep.bin.sample import continuation
 
         if mesh.world.size > 1:  # this rank holds a piece of them
-            dtype = build.param_dtype(args.train, model)
-            params = build.read_weights(str(hf), model, dtype, mesh.device)
+            dtype = param_dtype(args.train, model)
+            params = read_weights(str(hf), model, dtype, mesh.device)
         tokenizer = build.read_tokenizer(args.model, model.cfg)
-        template = build.open_chat_template(args.data, tokenizer) if args.infer.chat else None
-        ask = Ask(tokenizer, rules_of(model, args.model.config_path or ""), template)
+        template = None
+        if args.infer.chat:
+            template = build.open_chat_template(args.data, tokenizer, images)
+        ask = Ask(tokenizer, images, template)
         text = continuation(args.infer, model, params, ask)
         say(f"\n{args.infer.prompt}{text}\n")
     places = {

@@ -96,6 +96,12 @@ class DataArguments:
     image_keys: Names = arg(
         "images", "key of the images in a record, or a list: the first present wins"
     )
+    max_patches: int | None = arg(
+        None,
+        "patches that a sample's images may have; of more, images are made smaller",
+        POSITIVE,
+        otherwise="data.max_seq_len",
+    )
     chat_template: str = arg(
         "default", "a built-in name, `tokenizer` for the tokenizer's own, or a Jinja file"
     )
@@ -128,6 +134,15 @@ class TrainArguments:
     lr_min: float = arg(1e-7, "learning rate after the decay", NOT_NEGATIVE)
     weight_decay: float = arg(
         0.0, "decoupled weight decay; norms and biases are exempt", NOT_NEGATIVE
+    )
+    freeze: Names | None = arg(
+        None, "parts that do not learn: encoder, projector, language_model, one or a list"
+    )
+    encoder_lr: float | None = arg(
+        None, "the encoder's largest learning rate", NOT_NEGATIVE, otherwise="train.lr"
+    )
+    projector_lr: float | None = arg(
+        None, "the projector's largest learning rate", NOT_NEGATIVE, otherwise="train.lr"
     )
     optimizer: Literal["adamw", "anyprecision_adamw"] = arg(
         "adamw", "anyprecision_adamw: bf16 weights (always) and moments, with Kahan compensation"

@@ -30,17 +30,18 @@ from omnistep.core.config_mesh import data_ranks, mesh_problems, split_names
 from omnistep.core.config_types import nearest, shown
 
 NOT_YET: Mapping[str, tuple[Any, ...]] = {
-    "model.encoders": ({},),
     "model.decoders": ({},),
     "model.input_encoder": ("encoder",),
     "model.output_encoder": ("decoder",),
     "model.encode_target": (False,),
-    "data.image_keys": ("images",),
     "train.enable_fsdp_offload": (False,),
     "train.enable_activation_offload": (False,),
     "train.activation_gpu_limit": (0.0,),
 }
 """Arguments not every value of which is available yet, and the values that are."""
+
+PARTS: tuple[str, ...] = ("encoder", "projector", "language_model")
+"""What a model with a tower in front is made of; others are a language model alone."""
 
 TEXT_KEYS: Mapping[str, Names] = {
     "plaintext": ("content_split", "text"),
@@ -157,7 +158,8 @@ def problems(args: Arguments, *, world_size: int, command: Command = TRAIN) -> l
     for step in (
         _each_alone(args),
         (*_not_yet(args), *mesh_problems(args, world_size)),
-        (*_model_and_data(args), *_batch(args, world_size), *_optimisation(args.train)),
+        (*_model_and_data(args), *_batch(args, world_size)),
+        (*_parts(args.train), *_optimisation(args.train)),
         (*_precision(args.train), *_infer(args.infer)),
     ):
         # a value that is wrong by itself says nothing about its combinations
@@ -214,6 +216,15 @@ def _model_and_data(args: Arguments) -> Iterator[Problem]:
             ("model.config_path", "model.model_path"),
             "one of them is required: model_path starts from weights, config_path from random ones",
         )
+    for modality, encoder in args.model.encoders.items():
+        if modality != "image":
+            text = f"only encoders of images are available yet, not of {modality!r}"
+            yield Problem(("model.encoders",), text)
+        elif not isinstance(encoder, dict) or not (set(encoder) & {"config_path", "model_path"}):
+            text = (
+                "an encoder is {image: {config_path: ..., model_path: ...}}, at least one of both"
+            )
+            yield Problem(("model.encoders",), text)
     if args.train.eval_steps and not args.data.eval_path:
         yield Problem(("train.eval_steps", "data.eval_path"), "evaluation needs data.eval_path")
 
@@ -244,6 +255,22 @@ def _batch(args: Arguments, world_size: int) -> Iterator[Problem]:
         if getattr(train, name) and not packed:
             text = "means something for packed rows only; set rmpad_with_pos_ids or rmpad"
             yield Problem((f"train.{name}",), text)
+
+
+def _parts(train: TrainArguments) -> Iterator[Problem]:
+    freeze = (train.freeze,) if isinstance(train.freeze, str) else train.freeze or ()
+    if unknown := [part for part in freeze if part not in PARTS]:
+        text = f"{unknown[0]!r} is not one of {', '.join(PARTS)}"
+        yield Problem(("train.freeze",), text)
+    for part in ("encoder", "projector"):
+        if getattr(train, f"{part}_lr") is None:
+            continue
+        if part in freeze:
+            text = f"the {part} is frozen: leave its learning rate out"
+            yield Problem((f"train.{part}_lr", "train.freeze"), text)
+        if train.lr == 0:
+            text = "it follows the path of train.lr, scaled, so train.lr must be above 0"
+            yield Problem((f"train.{part}_lr", "train.lr"), text)
 
 
 def _optimisation(train: TrainArguments) -> Iterator[Problem]:

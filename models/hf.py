@@ -136,27 +136,29 @@ def respelled(source: Source, held: Iterable[str], names: Names, params: Tree) -
     return Found(at, frozenset(turned))
 
 
-def composed(
-    kind: str,
-    language: Source,
-    language_held: Iterable[str],
-    encoder: Source,
-    encoder_held: Iterable[str],
-) -> Found:
+Files = tuple[Source, Iterable[str]]
+"""Weights, and the names of those that there are."""
+
+
+def composed(kind: str, language: Files | None, encoder: Files | None) -> Found:
     """A Source of a model that `compose` (models/hf_config.py) describes, from the weights of its
-    text model and those of its tower, or of any model that has this tower. `kind`: the tower's
-    model_type. Raises ValueError where they hold no such tower."""
-    held = list(encoder_held)
+    text model and those of its tower, or of any model that has this tower; None: there are none.
+    `kind`: the tower's model_type. Raises ValueError where they hold no such tower."""
+    found: dict[str, tuple[Source, str]] = {}
+    if language is not None:
+        found |= {f"language_model.{name}": (language[0], name) for name in language[1]}
+    if encoder is None:
+        return Found(found)
+    source, held = encoder[0], list(encoder[1])
     prefix = tower_prefix(kind, held)
     if prefix is None:
         raise ValueError(f"the weights of the encoder hold no {kind}, but {held[:3]} ...")
-    found = {f"language_model.{name}": (language, name) for name in language_held}
     for name in held:
         projector = name.removeprefix("model.")
         if projector.startswith("multi_modal_projector."):
-            found[projector] = (encoder, name)
+            found[projector] = (source, name)
         elif name.startswith(prefix):
-            found[f"vision_tower.{name.removeprefix(prefix)}"] = (encoder, name)
+            found[f"vision_tower.{name.removeprefix(prefix)}"] = (source, name)
     return Found(found)
 
 

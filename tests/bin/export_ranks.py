@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from omnistep.bin.build import Model, make_model
 from omnistep.bin.export import write_config
+from omnistep.bin.model import Model, make_model
 from omnistep.core import param, rng
 from omnistep.core.checkpoint import CheckpointError, weight_files
 from omnistep.core.checkpoint.pieces import LazyTensor

@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from omnistep.bin import convert, train
-from omnistep.bin.build import make_model
+from omnistep.bin.model import make_model
 from omnistep.core import param
 from omnistep.core.checkpoint import open_store
 from omnistep.core.checkpoint.dcp_weights import common_prefix

@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from omnistep.bin import build, sample, train
+from omnistep.bin.model import read_model, read_weights
 from omnistep.core.batch import Batch
 from omnistep.core.config import ModelArguments
 from omnistep.core.logs import read_metrics
@@ -81,9 +82,9 @@ def test_transformers_reads_the_export(trained):
     theirs = AutoModelForCausalLM.from_pretrained(trained / "hf")
     their_tokenizer = AutoTokenizer.from_pretrained(trained / "hf")
     place = ModelArguments(config_path=str(trained / "hf"), tokenizer_path=str(trained / "hf"))
-    model = build.read_model(place)
+    model = read_model(place)
     tokenizer = build.read_tokenizer(place, model.cfg)
-    params = build.read_weights(str(trained / "hf"), model, torch.float32, torch.device("cpu"))
+    params = read_weights(str(trained / "hf"), model, torch.float32, torch.device("cpu"))
     text = "HAMLET. To be, or not to be: that is the question"
     ids = tokenizer.encode(text)
     assert their_tokenizer(text)["input_ids"] == ids

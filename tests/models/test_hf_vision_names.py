@@ -188,7 +188,9 @@ def put_together(directory: Path, held: dict[str, Tensor]) -> tuple[Tree, set[st
     raw = compose(text, encoder, image_token_id=3)
     cfg = decoder_config(raw)
     tree, names = params(cfg), weight_names(raw, cfg)
-    source = hf.composed(tower_kind(raw), hf.InMemory(weights), weights, hf.InMemory(held), held)
+    source = hf.composed(
+        tower_kind(raw), (hf.InMemory(weights), weights), (hf.InMemory(held), held)
+    )
     lacking = hf.absent(tree, names, source)
     leaves = leaves_with_names(tree, is_leaf=is_param)
     made = {name: torch.full(leaves[name].shape, 7.0) for name in lacking}
@@ -240,16 +242,16 @@ def test_a_projector_that_fits_is_read(saved):
     encoder = transformers.AutoConfig.from_pretrained(saved / "llava-clip").to_dict()
     raw = compose(text, encoder, image_token_id=3)
     cfg = decoder_config(raw)
-    source = hf.composed(tower_kind(raw), hf.InMemory(weights), weights, hf.InMemory(held), held)
+    source = hf.composed(
+        tower_kind(raw), (hf.InMemory(weights), weights), (hf.InMemory(held), held)
+    )
     assert hf.absent(params(cfg), weight_names(raw, cfg), source) == set()
 
 
 def test_an_encoder_without_the_tower_is_refused():
     _, weights = language()
     with pytest.raises(ValueError, match="of the encoder hold no clip_vision_model, but"):
-        hf.composed(
-            "clip_vision_model", hf.InMemory(weights), weights, hf.InMemory(weights), weights
-        )
+        hf.composed("clip_vision_model", None, (hf.InMemory(weights), weights))
 
 
 def test_a_tensor_that_is_missing_is_named(saved):
