@@ -110,9 +110,10 @@ def _qwen(kind: str, c: Json) -> tuple[Tower, int]:
     if rope.get("rope_type", "axial") != "axial":
         raise ValueError(f"rope_type {rope['rope_type']!r} is not built; only 'axial'")
     patch, merge = _side(c, "patch_size"), c["spatial_merge_size"]
+    embed = c["embed_dim"] if kind == "qwen2_vl_vision" else c["hidden_size"]
     tower = Tower(
         layers=c["depth"],
-        embed=c["hidden_size"],
+        embed=embed,
         heads=c["num_heads"],
         mlp=c.get("intermediate_size", 0),
         patch=patch,
@@ -126,8 +127,7 @@ def _qwen(kind: str, c: Json) -> tuple[Tower, int]:
         init_std=c["initializer_range"],
     )
     if kind == "qwen2_vl_vision":
-        D = c["embed_dim"]
-        tower = evolve(tower, embed=D, mlp=int(D * c["mlp_ratio"]), mean=CLIP_MEAN, std=CLIP_STD)
+        tower = evolve(tower, mlp=int(embed * c["mlp_ratio"]), mean=CLIP_MEAN, std=CLIP_STD)
         return tower, c["hidden_size"]
     if kind == "qwen2_5_vl_vision":
         tower = evolve(

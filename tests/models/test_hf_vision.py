@@ -282,6 +282,12 @@ def test_towers_of_models_on_the_hub():
     )  # fmt: skip
 
 
+def test_heads_of_a_qwen2_vl_tower_divide_its_own_width():
+    vision = {"embed_dim": 192, "num_heads": 3, "hidden_size": 256}
+    tower, width = read_tower("qwen2_vl_vision", vision)
+    assert (tower.embed, tower.heads, tower.mlp, width) == (192, 3, 768, 256)
+
+
 def test_rope_axes():
     """Chunked or in turns, as mrope_section says."""
     chunked = decoder_config(QWEN2_VL)
