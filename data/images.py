@@ -60,14 +60,14 @@ class Clip:
 def open_clip(source: Source, folder: str) -> Clip:
     """Raises DataError where there is no such image or it can't be decoded."""
     if not source.video:
-        return Clip((_upright(_open(source.value, folder)),))
+        return Clip((_upright(*_open(source.value, folder)),))
     if source.fps is not None and not 0 < source.fps < float("inf"):
         raise DataError(f"the fps of a video are {source.fps}; they must be greater than 0")
     fps = source.fps
     if isinstance(source.value, Sequence) and not isinstance(source.value, str | bytes):
-        frames = tuple(_upright(_open(value, folder)) for value in source.value)
+        frames = tuple(_upright(*_open(value, folder)) for value in source.value)
     else:
-        frames, own = _animation(_open(source.value, folder))
+        frames, own = _animation(*_open(source.value, folder))
         fps = fps or own
     if not frames:
         raise DataError("a video has no frames")
@@ -133,10 +133,10 @@ def _grid(clip: Clip, size: tuple[int, int], rules: ImageRules) -> Grid:
 # ---- opening -------------------------------------------------------------------------------
 
 
-def _open(value: Any, folder: str) -> Image:
-    """The image that a record means, not decoded yet."""
+def _open(value: Any, folder: str) -> tuple[Image, str]:
+    """The image that a record means, not decoded yet, and its name for errors."""
     if isinstance(value, Image):
-        return value
+        return value, "a PIL image"
     if isinstance(value, Mapping):
         content, path = value.get("bytes"), value.get("path")
         if content is None and path is None:
@@ -152,7 +152,7 @@ def _open(value: Any, folder: str) -> Image:
             f"{type(value).__name__}: {short(value)}"
         )
     with _decoding(name):
-        return PIL.Image.open(io.BytesIO(value))
+        return PIL.Image.open(io.BytesIO(value)), name
 
 
 def _content(text: str, folder: str) -> tuple[bytes, str]:
@@ -194,10 +194,10 @@ def _base64(text: str) -> bytes:
         raise DataError(f"the image {short(text)} is not base64: {error}") from error
 
 
-def _upright(image: Image) -> Image:
+def _upright(image: Image, name: str) -> Image:
     """Decoded, turned as its EXIF says, RGB; what is transparent becomes white (transformers'
     load_image turns, its image_transforms.convert_to_rgb blends)."""
-    with _decoding(getattr(image, "filename", "") or "an image"):
+    with _decoding(name):
         image = PIL.ImageOps.exif_transpose(image)
         return _rgb(image)
 
@@ -210,10 +210,10 @@ def _rgb(image: Image) -> Image:
     return PIL.Image.alpha_composite(white, image).convert("RGB")
 
 
-def _animation(image: Image) -> tuple[tuple[Image, ...], float | None]:
+def _animation(image: Image, name: str) -> tuple[tuple[Image, ...], float | None]:
     """The frames of an animated image, and how many a second."""
     frames, length = [], 0.0
-    with _decoding("a video"):
+    with _decoding(name):
         count = getattr(image, "n_frames", 1)
         pixels = count * image.width * image.height
         if count > MOST_FRAMES or pixels > 4 * (PIL.Image.MAX_IMAGE_PIXELS or pixels):

@@ -8,6 +8,7 @@ import numpy as np
 import tokenizers
 import torch
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_flatten
 
 from omnistep.core.batch import segment_starts
 from omnistep.core.checkpoint.ranks import ALONE
@@ -64,9 +65,9 @@ def take(loader, count, state=None):
 
 
 def same(a, b):
-    x, y = ({k: v for k, v in vars_of(batch).items() if v is not None} for batch in (a, b))
-    return x.keys() == y.keys() and all(
-        x[k].dtype == y[k].dtype and torch.equal(x[k], y[k]) for k in x
+    (x, form), (y, other) = tree_flatten(a), tree_flatten(b)
+    return form == other and all(
+        p.dtype == q.dtype and torch.equal(p, q) for p, q in zip(x, y, strict=True)
     )
 
 
