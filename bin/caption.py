@@ -262,7 +262,7 @@ def draw(records: Sequence[Record], said: Sequence[str], separator: str, path: P
 
 
 def _short(text: str, most: int = 34) -> str:
-    text = re.sub(r"\s+", " ", text)
+    text = "".join(c if c.isprintable() else "\N{WHITE SQUARE}" for c in re.sub(r"\s+", " ", text))
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

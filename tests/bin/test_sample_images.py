@@ -4,108 +4,36 @@ import base64
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from PIL import Image
-from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-import omnistep.data.make_emoji as make_emoji
 from omnistep.bin import sample
 from tests.bin.runs import call, succeeded, words
-
-EMOJI = Path(make_emoji.__file__).parent / "emoji"
-IMAGE, VIDEO, START, END = (make_emoji.SPECIALS.index(f"<|{n}|>") for n in (
-    "image_pad", "video_pad", "vision_start", "vision_end"
-))  # fmt: skip
-SIZE = {"shortest_edge": 16 * 16, "longest_edge": 48 * 48}
+from tests.bin.small_vlm import PLACE, TOKENIZER, chat, inputs_of, load_theirs, save_vlm
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A random Qwen2-VL for small images, as transformers saves it, with the emoji's tokenizer."""
-    text = {
-        "vocab_size": make_emoji.VOCAB_SIZE,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
-        "initializer_range": 0.2,
-        "bos_token_id": None,
-        "eos_token_id": 2,
-    }
-    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
-    vision |= {"patch_size": 4, "initializer_range": 0.2}
-    torch.manual_seed(0)
-    config = Qwen2VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
-    )
     folder = tmp_path_factory.mktemp("vlm")
-    Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(str(EMOJI / "tokenizer")).save_pretrained(folder)
-    processor().save_pretrained(folder)
-    for name, size in (("a.png", (24, 16)), ("b.png", (100, 60))):
-        Image.fromarray(pixels(size)).save(folder / name)
+    save_vlm(folder)
     return folder
-
-
-def processor() -> Qwen2VLImageProcessorPil:
-    return Qwen2VLImageProcessorPil(
-        size=SIZE, patch_size=4, image_mean=[0.5] * 3, image_std=[0.2] * 3
-    )
-
-
-def pixels(size: tuple[int, int]) -> np.ndarray:
-    return np.random.default_rng(size[0]).integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
 def theirs(model):
-    return Qwen2VLForConditionalGeneration.from_pretrained(model).eval()
-
-
-TOKENIZER = AutoTokenizer.from_pretrained(str(EMOJI / "tokenizer"))
-PLACE = "<|vision_start|><|image_pad|><|vision_end|>"
+    return load_theirs(model)
 
 
 def expected(theirs, model, text: str, images=(), tokens=8) -> str:
     """`text` has PLACE for each image."""
-    inputs = {}
-    if images:
-        made = processor()(
-            images=[Image.open(model / name).convert("RGB") for name in images],
-            return_tensors="pt",
-        )
-        inputs = dict(made)
-        for grid in made["image_grid_thw"]:
-            pads = "<|image_pad|>" * int(grid.prod() // 4)
-            text = text.replace(
-                PLACE, f"<|vision_start|>{pads}<|vision_end|>".replace("pad", "PAD"), 1
-            )
-        text = text.replace("PAD", "pad")
-    ids = TOKENIZER(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    inputs["mm_token_type_ids"] = (ids == IMAGE).int()
-    out = theirs.generate(input_ids=ids, **inputs, max_new_tokens=tokens, do_sample=False)
-    return TOKENIZER.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    inputs = inputs_of(text, [Image.open(model / name).convert("RGB") for name in images])
+    out = theirs.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    return TOKENIZER.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def options(model, **changes):
     chosen = {"model_path": model, "max_tokens": 8, "compile": False, "do_sample": False} | changes
     return words({f"infer.{name}": value for name, value in chosen.items()})
-
-
-def chat(*turns: str) -> str:
-    roles = ("user", "assistant")
-    said = [f"<|im_start|>{roles[i % 2]}\n{turn}<|im_end|>\n" for i, turn in enumerate(turns)]
-    return "".join(said) + "<|im_start|>assistant\n"
 
 
 def test_an_image_stands_in_front_of_a_prompt_or_where_it_says(model, theirs):
