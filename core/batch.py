@@ -33,10 +33,10 @@ class Patches:
     frames: Int[Tensor, "rows patches 2"]
     """int32: which patches of the row are of the same frame: the first, and the one after the
     last."""
-    windows: Int[Tensor, "rows patches 2"] | None
-    """The same of the same window; None where the tower has no windows."""
     units: Int[Tensor, "rows seq"]
     """int32: for each token of the row, which unit of patches it stands for; -1 for text."""
+    windows: Int[Tensor, "rows patches 2"] | None = None
+    """The same of the same window; None where the tower has no windows."""
 
 
 @pytree

@@ -102,9 +102,13 @@ def share_patches(patches: Patches, tower: Tower, group: Group) -> Patches:
     def mine(x: Tensor) -> Tensor:
         return x.narrow(1, begin, count)
 
-    windows = None if patches.windows is None else mine(patches.windows)
-    parts = (mine(x) for x in (patches.pixels, patches.places, patches.frames))
-    return Patches(*parts, windows, patches.units)
+    return Patches(
+        pixels=mine(patches.pixels),
+        places=mine(patches.places),
+        frames=mine(patches.frames),
+        units=patches.units,
+        windows=None if patches.windows is None else mine(patches.windows),
+    )
 
 
 def _bounds(of_patches: Int[Tensor, "rows patches 2"]) -> Int[Tensor, "2 rows patches"]:

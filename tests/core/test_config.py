@@ -120,7 +120,8 @@ ADDED = {
         "infer.prompt_file",
         "infer.chat",
     ),
-    *("infer.batch_size", "infer.compile", "infer.compute_dtype"),
+    *("infer.batch_size", "infer.compile", "infer.compute_dtype", "infer.image"),
+    *("data.max_patches", "train.freeze", "train.encoder_lr", "train.projector_lr"),
 }
 ROWS = [re.split(r"\s*\|\s*", line) for line in TABLE.strip().splitlines()]
 SCALARS = {"str": str, "int": int, "float": float, "bool": bool, "dict": dict[str, Any]}
@@ -195,11 +196,9 @@ def test_nothing_stands_beside_the_contract_but_what_was_added():
 # ---- availability and combinations ---------------------------------------------------------
 
 OTHER = {
-    "model.encoders": '{"image": {}}',
     "model.decoders": '{"image": {}}',
     "model.input_encoder": "decoder",
     "model.output_encoder": "encoder",
-    "data.image_keys": "picture",
     "train.activation_gpu_limit": "2",
 }
 

@@ -62,8 +62,8 @@ def make_images(
         torch.stack([p.pixels for p in patches]),
         torch.stack([p.places for p in patches]),
         torch.stack([p.frames for p in patches]),
-        torch.stack(windows) if windows else None,
         torch.full((len(rows), 0), -1, dtype=torch.int32),
+        torch.stack(windows) if windows else None,
     )
     values = torch.cat([pixels for _, _, pixels in made])
     shape = (tower.channels, -1)
@@ -122,8 +122,8 @@ def _make_row(
         torch.stack(pixels + [nothing] * len(filler)),
         as_int32(places + [(0, 0, 1, 1)] * len(filler)),
         as_int32(frames + alone),
-        as_int32(windows + alone) if tower.window else None,
         as_int32([]),
+        as_int32(windows + alone) if tower.window else None,
     )
     return patches, tuple(order), torch.cat(theirs)
 

@@ -136,9 +136,40 @@ EP_COMPILED = (
     Case("pp 2", "zero3", "moe", accumulate=3, compile=True),
 )
 
-COMPILED = (*DENSE_COMPILED, *EP_COMPILED)
+VISION = (
+    Case("dp_replicate 2", "ddp", "windows", accumulate=3),
+    Case("dp_shard 2", "zero1", "llava", packed=False),
+    Case("dp_shard 4", "zero2", "qwen3_vl", mode="selective"),
+    Case("dp_shard 4", "zero3", "qwen2_vl", mode="full"),
+    Case("dp_shard 2", "zero3", "windows", accumulate=3, bucket=True),
+    Case("tp 2", "zero3", "qwen3_vl", packed=False),
+    Case("tp 4", "ddp", "windows"),
+    Case("ulysses 2", "zero3", "llava", mode="full"),
+    Case("ulysses 4", "zero2", "qwen2_vl", accumulate=3),
+    Case("cp 2", "zero3", "qwen2_vl", packed=False, accumulate=3),
+    Case("cp 4", "ddp", "qwen3_vl"),
+    Case("pp 2", "zero3", "qwen3_vl", accumulate=3),
+    Case("pp 2", "ddp", "llava", packed=False, accumulate=3),
+    Case("dp_shard 2, ulysses 2", "zero3", "qwen3_vl", mode="full"),
+    Case("dp_shard 2, cp 2", "zero3", "projector only", mode="selective"),
+    Case("cp 2, tp 2", "zero2", "windows"),
+    Case("ulysses 2, tp 2", "zero3", "qwen3_vl", accumulate=3),
+    Case("pp 2, tp 2", "zero1", "projector only", accumulate=3),
+    Case("pp 2, dp_shard 2", "zero3", "qwen2_vl", accumulate=3),
+    Case("dp_shard 2, tp 2, ep 4", "zero3", "qwen3_vl_moe", dispatch="all_to_all"),
+    Case("pp 2, dp_shard 2, ep 2", "zero3", "qwen3_vl_moe", accumulate=3, dispatch="gather"),
+    Case("dp_shard 2, cp 2, tp 2", "zero3", "qwen2_vl"),
+    Case("dp_shard 2, tp 2", "zero3", "qwen3_vl", packed=False, dtype="fp32"),
+)
+"""A tower in front; of the first rows none has an image."""
+VISION_COMPILED = (
+    Case("dp_shard 2", "zero3", "qwen3_vl", compile=True),
+    Case("tp 2", "zero2", "windows", mode="full", compile=True),
+)
+
+COMPILED = (*DENSE_COMPILED, *EP_COMPILED, *VISION_COMPILED)
 ALL = (
     *(*ALONE, *PAIRS, *PRODUCTS, *SINGLE_PRECISION, *DENSE_COMPILED),
     *(*EXPERTS_WHOLE, *EP_ALONE, *EP_PAIRS, *GPT_OSS, *EP_PRODUCTS, *SKEWED),
-    *(*EP_SINGLE_PRECISION, *EP_COMPILED),
+    *(*EP_SINGLE_PRECISION, *EP_COMPILED, *VISION, *VISION_COMPILED),
 )

@@ -19,17 +19,17 @@ import torch.distributed as dist
 from attrs import evolve, frozen
 
 from omnistep.core import optim, param, rng
-from omnistep.core.batch import Batch
+from omnistep.core.batch import Batch, Patches
 from omnistep.core.step import init_state, make_train_step
-from omnistep.core.tree import Tree, leaves_with_names, tree_map
+from omnistep.core.tree import Tree, leaves_with_names, map_with_name, tree_map
 from omnistep.models import decoder
-from omnistep.models.config import Config, Experts, Latent
+from omnistep.models.config import Config, Experts, Latent, Tower
 from omnistep.parallel.experts import Dispatch
 from omnistep.parallel.layout import Strategy, extent, to_local
 from omnistep.parallel.mesh import Mesh, destroy_groups, make_mesh
 from omnistep.parallel.remat import Remat
 
-ROWS, SEQ, STEPS = 24, 32, 3
+ROWS, SEQ, PATCHES, STEPS = 24, 32, 64, 3
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 LLAMA = Config(vocab=64, embed=32, layers=4, heads=8, kv_heads=4, head_dim=4, mlp=64, init_std=0.2)
 EXPERTS = Experts(count=8, top_k=2, mlp=16, normalize=True, aux=0.1)
@@ -50,6 +50,41 @@ DEEPSEEK = Experts(
     shared=16,
     dense=(0,),
 )
+QWEN2_TOWER = Tower(
+    layers=3,
+    embed=16,
+    heads=2,
+    mlp=24,
+    patch=2,
+    frames=2,
+    merge=2,
+    rotary=True,
+    activation="quick_gelu",
+    init_std=0.2,
+)
+QWEN3_TOWER = evolve(QWEN2_TOWER, side=3, deepstack=(0, 2))
+WINDOWS = evolve(
+    QWEN2_TOWER,
+    norm="rms",
+    projector_norm="rms",
+    gated=True,
+    activation="silu",
+    window=2,
+    full_layers=(1,),
+)
+CLIP = Tower(
+    layers=2,
+    embed=16,
+    heads=2,
+    mlp=24,
+    patch=2,
+    side=2,
+    class_token=True,
+    pre_norm=True,
+    projector_norm=None,
+    projector=32,
+    init_std=0.2,
+)
 MODELS = {
     "llama": LLAMA,
     "qwen3": evolve(LLAMA, tied=True, qk_norm=True),
@@ -64,11 +99,19 @@ MODELS = {
         windows=(5, None, 5, None),
         experts=evolve(EXPERTS, limit=1.0),
     ),
+    "qwen2_vl": evolve(LLAMA, qkv_bias=True, tower=QWEN2_TOWER, rope_axes=(0, 1)),
+    "windows": evolve(LLAMA, tower=WINDOWS, rope_axes=(2, 1)),
+    "qwen3_vl": evolve(LLAMA, tied=True, tower=QWEN3_TOWER, rope_axes=(0, 2)),
+    "qwen3_vl_moe": evolve(LLAMA, experts=EXPERTS, tower=QWEN3_TOWER, rope_axes=(1, 2)),
+    "llava": evolve(LLAMA, tower=CLIP),
+    "projector only": evolve(LLAMA, tower=QWEN3_TOWER, rope_axes=(1, 0)),
     "skewed": evolve(LLAMA, experts=evolve(EXPERTS, bias=True)),
     "one expert": evolve(LLAMA, experts=evolve(EXPERTS, top_k=1, normalize=False, bias=True)),
 }
 WANTED = {"skewed": (2, 3), "one expert": (5,)}
 """Model -> the experts that all tokens go to: the router's bias for them starts above any score."""
+LEARNED = {"projector only": "projector."}
+"""Model -> how the names of all weights begin that learn."""
 
 
 @frozen
@@ -107,8 +150,50 @@ class Case:
         return ", ".join(parts + ["compiled"] * self.compile)
 
 
-def global_batch(step: int, packed: bool, dtype: torch.dtype) -> Batch:
-    """ROWS rows of SEQ tokens: samples of random lengths, or one sample and padding."""
+def global_batch(step: int, packed: bool, dtype: torch.dtype, tower: Tower | None = None) -> Batch:
+    """ROWS rows of SEQ tokens: samples of random lengths, or one sample and padding. With a tower,
+    images of random sizes in most rows, none in the first quarter of them: some ranks see none."""
+    batch = tokens_of_rows(step, packed, dtype)
+    if tower is None:
+        return batch
+    g = torch.Generator().manual_seed(200 + step)
+    rope = torch.randint(SEQ, (ROWS, SEQ, 3), generator=g, dtype=torch.int32)
+    return evolve(batch, rope=rope, patches=patches_of_rows(tower, g))
+
+
+def patches_of_rows(tower: Tower, g: torch.Generator) -> Patches:
+    pixels = torch.randint(256, (ROWS, PATCHES, tower.values), generator=g, dtype=torch.uint8)
+    places = torch.tensor([0, 0, 1, 1]).repeat(ROWS, PATCHES, 1)
+    alone = torch.arange(PATCHES)
+    frames = torch.stack([alone, alone + 1], 1).repeat(ROWS, 1, 1)
+    windows, units = frames.clone(), torch.full((ROWS, SEQ), -1)
+    for row in range(ROWS // 4, ROWS):
+        at, token = 0, int(torch.randint(4, (), generator=g))
+        while True:
+            if tower.class_token:
+                grid = [(-1, -1), *((i, j) for i in range(2) for j in range(2))]
+                size, shown = (2, 2), list(range(1, 5))
+            else:
+                h, w = (2 * int(n) for n in torch.randint(1, 4, (2,), generator=g))
+                blocks = [(i, j) for i in range(0, h, 2) for j in range(0, w, 2)]
+                grid = [(i + a, j + b) for i, j in blocks for a in range(2) for b in range(2)]
+                size, shown = (h, w), list(range(len(blocks)))
+            if at + len(grid) > PATCHES or token + len(shown) > SEQ:
+                break
+            here = slice(at, at + len(grid))
+            places[row, here] = torch.tensor([(*place, *size) for place in grid])
+            frames[row, here] = torch.tensor([at, at + len(grid)])
+            for begin in range(at, at + len(grid), 8):  # any cut of whole units
+                end = min(begin + 8, at + len(grid))
+                windows[row, begin:end] = torch.tensor([begin, end])
+            units[row, token : token + len(shown)] = at // tower.unit + torch.tensor(shown)
+            at, token = at + len(grid), token + len(shown) + 3
+    kinds = (places, frames, windows, units)
+    places, frames, windows, units = (x.to(torch.int32) for x in kinds)
+    return Patches(pixels, places, frames, units, windows if tower.window else None)
+
+
+def tokens_of_rows(step: int, packed: bool, dtype: torch.dtype) -> Batch:
     g = torch.Generator().manual_seed(100 + step)
     tokens = torch.randint(64, (ROWS, SEQ), generator=g)
     targets = tokens.roll(-1, 1)
@@ -154,7 +239,12 @@ class Trained:
 
 def train(case: Case, mesh: Mesh) -> Trained:
     cfg, dtype = MODELS[case.model], DTYPES[case.dtype]
-    tree = decoder.params(cfg)
+    learned = LEARNED.get(case.model, "")
+    tree = map_with_name(
+        lambda name, p: evolve(p, learned=p.learned and name.startswith(learned)),
+        decoder.params(cfg),
+        is_leaf=param.is_param,
+    )
     layout = param.make_layout(tree, mesh, case.strategy, dtype, bucket=case.bucket)
     cpu = torch.device("cpu")
     weights = param.initialize(tree, rng.key(3), dtype, cpu, layout)
@@ -172,7 +262,8 @@ def train(case: Case, mesh: Mesh) -> Trained:
     )
     state, metrics, gradient = init_state(weights, optimizer(tree), rng.key(0)), [], {}
     for i in range(STEPS):
-        batch = my_rows(global_batch(i, case.packed, dtype), mesh, case.accumulate)
+        whole = global_batch(i, case.packed, dtype, cfg.tower)
+        batch = my_rows(whole, mesh, case.accumulate)
         state, numbers = step(state, batch)
         metrics.append(numbers)
         if i == 0:  # the mean of one gradient, times 1 - b1
