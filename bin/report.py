@@ -52,9 +52,9 @@ class Meters:
 
     def read(self, step: int, tokens: float, batch: Batch, waited: float) -> dict[str, float]:
         cfg = self.model.cfg
-        # the other data ranks' samples are taken to be as long as this one's
-        visible = cost.visible_pairs(batch, cfg) * self.mesh.data_ranks
-        flops = cost.flops(cfg, tokens, visible)
+        # the other data ranks' samples and images are taken to be as large as this one's
+        work = attrs.evolve(cost.work_of(cfg, batch, self.mesh.data_ranks), tokens=tokens)
+        flops = cost.flops(cfg, self.model.tree, work)
         peak = None if self.peak is None else self.peak * self.mesh.world.size
         now = time.perf_counter()
         self.meter = tick(self.meter, now, tokens=tokens, flops=flops, waited=waited)
