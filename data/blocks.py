@@ -38,6 +38,13 @@ class Piece(Tokens):
 
     at: PieceId = attrs.field(kw_only=True)
 
+    def alone(self) -> "Piece":
+        """The same with pixels of its own, so that it does not keep those of its whole block."""
+        if self.vision is None or self.vision.pixels.base is None:
+            return self
+        vision = attrs.evolve(self.vision, pixels=self.vision.pixels.copy())
+        return attrs.evolve(self, vision=vision)
+
 
 @frozen
 class Losses:

@@ -212,6 +212,7 @@ def bounds_of(
     return joined[0], joined[1], None if rules.window is None else joined[2]
 
 
+@lru_cache(maxsize=256)
 def _frame_places(
     rows: int, columns: int, rules: ImageRules
 ) -> tuple[Int32[np.ndarray, "patches 4"], Int64[np.ndarray, "windows"]]:

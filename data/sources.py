@@ -36,7 +36,7 @@ from omnistep.data.transform import Conversation, Plaintext, Transform
 DataType = Literal["plaintext", "conversation"]
 SHUFFLED_RECORDS, SHUFFLED_PARTS = 512, 32
 """The shuffle buffer of streams, unless it is given: in records, in 16 KiB parts of a .txt."""
-BLOCK_PIXELS, FEWEST_SAMPLES = 64 << 20, 8
+BLOCK_PIXELS, FEWEST_SAMPLES = 32 << 20, 8
 """A block holds images of at most so many bytes where that leaves it so many samples."""
 
 

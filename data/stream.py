@@ -46,7 +46,7 @@ def arrivals(
         task, epoch = block.task, block.task.epoch or 0
         place = (epoch, task.shard, task.block, number)
         yield Arrival(*place, tuple(held), rows, len(new), block.losses)
-        held = still
+        held = [piece.alone() for piece in still]
     if held:
         rows, _ = _repack(held, limits, due=len(held))
         yield Arrival(epoch, 0, 0, number + 1, tuple(held), rows, 0, Losses())

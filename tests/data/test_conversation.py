@@ -3,6 +3,8 @@ given; the assistant's words alone are learnt."""
 
 import base64
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +25,8 @@ from omnistep.data.source import open_source
 from omnistep.data.transform import Conversation, tokens_of
 from tests.data.pictured import PARTS, qwen_rules, write_tokenizer
 from tests.data.test_images import encoded, picture
+
+README = Path(__file__).parents[2] / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +228,17 @@ def test_every_way_to_put_images_into_a_record(tokenizer, tmp_path):
     pq.write_table(table, tmp_path / "a.parquet")
     source = open_source(str(tmp_path / "a.parquet"), ("messages",), beside=("images",))
     assert same(made[0], transform(source[0])[0])
+
+
+def test_the_records_in_the_readme(tokenizer, tmp_path):
+    (tmp_path / "cat.png").write_bytes(encoded(CAT))
+    (shown,) = re.findall(r"```json\n(.*?)```", README.read_text(), re.DOTALL)
+    (tmp_path / "a.jsonl").write_text(shown)
+    source = open_source(str(tmp_path / "a.jsonl"), ("messages",))
+    pieces: list[Any] = [conversation(tokenizer)(source[i])[0] for i in range(2)]
+    one, other = pieces
+    assert one.vision.pixels.tolist() == other.vision.pixels.tolist()
+    assert tokenizer.decode(one.ids[one.learn].tolist()) == "A cat.<|im_end|>"
 
 
 def test_image_keys(tokenizer):

@@ -108,6 +108,16 @@ def test_a_token_has_the_unit_of_its_place():
     assert np.array_equal(corners[:, :2] // 2, (vision.rope[:, 1:] - first)[stands])
 
 
+def test_a_class_token_becomes_no_token():
+    rules = rules_of(patch=14, size=28, class_token=True)
+    pixels, grids = see([Clip((picture(30, 30),))] * 2, rules)
+    ids = np.array([50, IMAGE, IMAGE, 51], np.int32)
+    made = expand(ids, np.ones(4, bool), pixels, grids, rules)
+    assert made.ids.tolist() == [50] + [IMAGE] * 8 + [51]
+    assert made.vision.units.tolist() == [-1, 1, 2, 3, 4, 6, 7, 8, 9, -1]
+    assert made.vision.rope is None
+
+
 def test_too_many_or_too_few_tokens():
     rules = rules_of(**QWEN2)
     grid = Grid(1, 2, 2)

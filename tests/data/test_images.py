@@ -242,6 +242,15 @@ def test_a_sample_over_the_budget_is_made_smaller_by_one_factor():
         assert not shares or max(shares) <= 1.6 * min(shares)
 
 
+def test_no_more_than_needed_is_taken_away():
+    random = np.random.default_rng(0)
+    for _ in range(100):
+        rules = rules_of(**QWEN2, max_patches=int(random.integers(200, 500)) * 4)
+        shapes = [Sized(*random.integers(600, 1200, 2).tolist()) for _ in range(2)]
+        used = sum(h * w // 196 for h, w in target_sizes(shapes, rules))
+        assert 0.75 * rules.max_patches <= used <= rules.max_patches
+
+
 def test_what_can_not_be_made_small_enough_is_refused():
     small = rules_of(**QWEN2, max_patches=8)
     assert target_sizes([Sized(900, 900)] * 2, small) == [(28, 28)] * 2
