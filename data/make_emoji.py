@@ -248,6 +248,17 @@ def answer(emoji: Emoji) -> str:
     return f"{emoji.category}: {emoji.caption}"
 
 
+def captions_alone(path: str) -> list[dict[str, Any]]:
+    """The conversations of a file without their pictures: for `data.datasets_type`, to train a
+    model that has to guess."""
+    found = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        question, said = json.loads(line)["messages"]
+        blind = question["content"].removeprefix("<image>")
+        found.append({"messages": [{**question, "content": blind}, said]})
+    return found
+
+
 def train_tokenizer(answers: Iterable[str]) -> Tokenizer:
     """A byte-level BPE of VOCAB_SIZE entries; the specials have ids 0 to 6."""
     tokenizer = Tokenizer(models.BPE())

@@ -72,6 +72,15 @@ def test_nothing_held_out_has_a_near_copy_in_training(emoji):
     assert not set(family[:count]) & set(family[count:])
 
 
+def test_captions_alone_are_the_same_without_pictures(emoji):
+    found = make_emoji.captions_alone(str(EMOJI / "heldout.jsonl"))
+    assert [row["messages"][1]["content"] for row in found] == [
+        make_emoji.answer(one) for one in emoji["heldout"]
+    ]
+    assert {row["messages"][0]["content"] for row in found} == {"What is this?"}
+    assert not any("images" in row for row in found)
+
+
 def made(code: str, caption: str, picture: np.ndarray, subgroup: str = "other") -> Emoji:
     return Emoji(code, caption, "things", subgroup, picture)
 
