@@ -4,7 +4,7 @@ A tree is nested dicts, lists, tuples and classes decorated with `pytree`; a lea
 is anything else.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import attrs
@@ -27,10 +27,13 @@ def pytree(cls: type[T]) -> type[T]:
         keys = [torch_pytree.GetAttrKey(name) for name in present]
         return list(zip(keys, children, strict=True)), present
 
+    def unflatten(children: Iterable[Any], present: tuple[str, ...]) -> T:
+        return cls(**dict.fromkeys(names) | dict(zip(present, children, strict=True)))
+
     torch_pytree.register_pytree_node(
         cls,
         flatten,
-        lambda children, present: cls(**dict(zip(present, children, strict=True))),
+        unflatten,
         serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
         flatten_with_keys_fn=flatten_with_keys,
     )
