@@ -293,9 +293,7 @@ class InferArguments:
         None, "text to continue; none, and no prompt_file: an interactive session"
     )
     image: str | None = arg(
-        None,
-        "image file, or comma list: stands where the prompt has <image>, or in front of it",
-        path=True,
+        None, "image file, or comma list: for <image> in the prompt, or before it", path=True
     )
     prompt_file: str | None = arg(
         None, "file of prompts: .jsonl, or else one prompt per line", path=True

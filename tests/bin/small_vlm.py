@@ -17,7 +17,7 @@ import omnistep.data.make_emoji as make_emoji
 EMOJI = Path(make_emoji.__file__).parent / "emoji"
 PLACE = "<|vision_start|><|image_pad|><|vision_end|>"
 """What an image is in a text."""
-_IDS = {
+_IDS: dict[str, Any] = {
     f"{name}_token_id": make_emoji.SPECIALS.index(f"<|{token}|>")
     for name, token in (
         ("image", "image_pad"),
