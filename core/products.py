@@ -22,4 +22,7 @@ def wide_product(
 ) -> Float[Tensor, "rows out"]:
     """a @ b.T in fp32 by oneDNN; not differentiable. The first product of a shape takes up to 1 ms
     more; 1024 shapes are remembered. Both must be contiguous or the transpose of what is."""
+    if a.shape[0] > b.shape[0] and not a.is_contiguous() and not b.is_contiguous():
+        # Of `a` it makes a copy whose rows are dense: better one of the smaller of the two.
+        return wide_product(b, a).T.contiguous()
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
