@@ -5,7 +5,7 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-from attrs import frozen
+from attrs import Factory, field, frozen
 from jaxtyping import Int32, Int64, UInt8
 
 Resampling = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
@@ -52,10 +52,11 @@ class ImageRules:
     None: both sides are made `size` long, whatever the image's shape (SigLIP)."""
     min_pixels: int = 56 * 56
     max_pixels: int = 28 * 28 * 1280
-    """Of an image of any size. (Qwen2-VL's defaults, as those of videos.)"""
-    video_min_pixels: int = 128 * 28 * 28
-    video_max_pixels: int = 28 * 28 * 768
-    """Of each frame of a video; with `timestamps` of all its frames together."""
+    """Of an image of any size."""
+    video_min_pixels: int = field(default=Factory(lambda self: 128 * self.factor**2, True))
+    video_max_pixels: int = field(default=Factory(lambda self: 768 * self.factor**2, True))
+    """Of each frame of a video; with `timestamps` of all its frames together. Like those of images,
+    transformers' defaults for Qwen2-VL, Qwen2.5-VL and Qwen3-VL."""
     resampling: Resampling = "bicubic"
     rope: bool = False
     """Tokens have three positions: in time, height and width (M-RoPE)."""

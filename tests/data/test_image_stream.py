@@ -126,6 +126,13 @@ def test_the_stream_resumes_to_the_bit(kind, folder, tokenizer):
     assert held
 
 
+def test_a_piece_that_waits_keeps_its_own_pixels_alone(folder, tokenizer):
+    loader, _ = loader_of(folder, tokenizer)
+    held = [p for a in loader._arrivals(loader._one_pass(), ()) for p in a.held if p.vision]
+    assert held
+    assert all(piece.vision.pixels.base is None for piece in held)
+
+
 def test_workers_and_the_place_of_packing_change_nothing(folder, tokenizer):
     want = take(loader_of(folder, tokenizer)[0], 8)
     options: dict[str, Any]

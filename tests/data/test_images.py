@@ -1,7 +1,9 @@
 """Images: opened and resized as transformers' PIL processors do, uint8 by uint8."""
 
 import base64
+import errno
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -187,7 +189,6 @@ def smart_resize_of_videos():
     import inspect
     import math
     from importlib.util import find_spec
-    from pathlib import Path
 
     spec = find_spec("transformers")
     assert spec is not None
@@ -207,9 +208,8 @@ def test_sizes_of_videos_as_qwen3_vl():
         timestamps=True,
         vision_start=3,
         vision_end=4,
-        video_min_pixels=128 * 32 * 32,
-        video_max_pixels=32 * 32 * 768,
     )
+    assert (rules.video_min_pixels, rules_of(**QWEN2).video_max_pixels) == (131072, 602112)
     random = np.random.default_rng(0)
     for frames, height, width in random.integers((2, 5, 5), (20, 900, 900), (300, 3)).tolist():
         want = resize(frames, height, width, 2, 32, 128 * 32 * 32, 32 * 32 * 768)
@@ -319,6 +319,15 @@ def test_an_image_is_turned_upright():
 def test_what_can_not_be_opened(value, words, tmp_path):
     with pytest.raises(DataError, match=words):
         opened(value, tmp_path)
+
+
+def test_a_failing_disk_is_no_bad_record(tmp_path, monkeypatch):
+    def read_bytes(_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.raises(OSError, match="Input/output error"):
+        opened("a.png", tmp_path)
 
 
 def test_a_decompression_bomb_is_refused(monkeypatch):
