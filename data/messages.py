@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from attrs import frozen
+from attrs import define, frozen
 
 from omnistep.data.chat import Message
 from omnistep.data.errors import DataError
@@ -41,8 +41,8 @@ def read_messages(record: Record, content: Any, key: str, image_keys: Sequence[s
         kind = "an empty list" if content == [] else f"a {type(content).__name__}"
         raise DataError(f"{record.where}: {key!r} must hold a list of messages, it holds {kind}")
     pools = {
-        False: _Pool(record, image_keys or ("images",), False),
-        True: _Pool(record, VIDEO_KEYS, True),
+        False: _pool(record, image_keys or ("images",), False),
+        True: _pool(record, VIDEO_KEYS, True),
     }
     if image_keys is None:
         if any(pool.values for pool in pools.values()):
@@ -65,30 +65,25 @@ def _no_images(where: str) -> DataError:
     )
 
 
+@define
 class _Pool:
     """The images (or videos) beside a record's messages, to be taken one by one."""
 
-    def __init__(self, record: Record, keys: Sequence[str], video: bool) -> None:
-        self.where, self.video = record.where, video
-        fields = record.content if isinstance(record.content, Mapping) else {}
-        self.key = next((key for key in keys if fields.get(key) is not None), None)
-        found = fields[self.key] if self.key else []
-        self.values = list(found) if isinstance(found, list | tuple) else [found]
-        self.rest: Iterator[Any] = iter(self.values)
-        self.taken = 0
-
-    @property
-    def there(self) -> bool:
-        return self.key is not None
+    where: str
+    video: bool
+    key: str | None
+    """None: the record has no such field."""
+    values: list[Any]
+    taken: int = 0
 
     def take(self) -> Source:
+        if self.taken == len(self.values):
+            raise DataError(
+                f"{self.where}: its messages have more places for {self._name} than the "
+                f"{len(self.values)} it has under {self.key or 'no key'!r} (data.image_keys)"
+            )
         self.taken += 1
-        for value in self.rest:
-            return _source(value, self.video, self.where)
-        raise DataError(
-            f"{self.where}: its messages have more places for {self._name} than the "
-            f"{len(self.values)} it has under {self.key or 'no key'!r} (data.image_keys)"
-        )
+        return _source(self.values[self.taken - 1], self.video, self.where)
 
     def check_empty(self) -> None:
         if self.taken < len(self.values):
@@ -104,6 +99,16 @@ class _Pool:
 
 
 Pools = Mapping[bool, _Pool]
+
+
+def _pool(record: Record, keys: Sequence[str], video: bool) -> _Pool:
+    fields = record.content if isinstance(record.content, Mapping) else {}
+    key = next((key for key in keys if fields.get(key) is not None), None)
+    found = fields[key] if key else []
+    if isinstance(found, list | tuple):
+        return _Pool(record.where, video, key, list(found))
+    # a .csv has a text in every column: an empty one is no path
+    return _Pool(record.where, video, key, [] if found == "" else [found])
 
 
 def _message(message: Any, where: str, pools: Pools, sources: list[Source]) -> Message:
@@ -130,24 +135,20 @@ def _message(message: Any, where: str, pools: Pools, sources: list[Source]) -> M
 def _parts(part: Any, where: str, pools: Pools, sources: list[Source]) -> Iterator[dict[str, str]]:
     """A part as templates get it; a text with placeholders in several."""
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "text" and isinstance(part["text"], str):
-        known = "|".join(PLACEHOLDERS[video] for video, pool in pools.items() if pool.there)
-        for text in re.split(f"({known})", part["text"]) if known else [part["text"]]:
-            video = next((v for v, p in PLACEHOLDERS.items() if text == p and pools[v].there), None)
-            if video is None:
-                yield {"type": "text", "text": text}
+    if kind == "text" and isinstance(part.get("text"), str):
+        known = {PLACEHOLDERS[video]: pool for video, pool in pools.items() if pool.key}
+        for text in re.split(f"({'|'.join(known)})", part["text"]) if known else [part["text"]]:
+            if text in known:
+                sources.append(known[text].take())
+                yield {"type": "video" if known[text].video else "image"}
             else:
-                sources.append(pools[video].take())
-                yield {"type": "video" if video else "image"}
+                yield {"type": "text", "text": text}
     elif kind in TYPES and not pools:
         raise _no_images(where)
     elif kind in TYPES:
         video = TYPES[kind]
         name = "video" if video else "image"
-        given = next(
-            (part[k] for k in (name, kind, *GIVEN) if part.get(k) is not None),
-            None,
-        )
+        given = next((part[k] for k in (name, kind, *GIVEN) if part.get(k) is not None), None)
         if isinstance(given, Mapping) and isinstance(given.get("url"), str):
             given = given["url"]
         sources.append(

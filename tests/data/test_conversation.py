@@ -246,7 +246,13 @@ def test_image_keys(tokenizer):
     record = {"messages": messages, "pictures": CAT, "images": [DOG]}
     piece = piece_of(conversation(tokenizer, keys=("none", "pictures", "images")), record)
     assert np.array_equal(piece.vision.pixels, see([Clip((CAT,))], qwen_rules(tokenizer))[0])
+    # a .csv has an empty text where there is none
+    record = {"messages": asked(said("hello")), "images": ""}
+    assert piece_of(conversation(tokenizer), record).vision is None
     # without a field of that name it is text
+    record = {"messages": messages, "pictures": CAT}
+    text = Conversation(tokenizer, 100, open_template("default", tokenizer))
+    assert "<image>" in tokenizer.decode(piece_of(text, record).ids.tolist())
     piece = piece_of(conversation(tokenizer, keys=("none",)), record)
     assert piece.vision is None
     assert "<image>" in tokenizer.decode(piece.ids.tolist())

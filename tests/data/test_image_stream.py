@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
-from torch.utils._pytree import tree_leaves
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 from omnistep.core.batch import segment_starts
+from omnistep.core.checkpoint.ranks import ALONE
 from omnistep.data.errors import DataError
 from omnistep.data.loader import make_loader
 from omnistep.data.loader_config import LoaderConfig
@@ -19,6 +21,7 @@ from omnistep.data.state import DataState
 from tests.data.made import same
 from tests.data.pictured import qwen_rules, write_tokenizer
 from tests.data.test_images import encoded
+from tests.data.together import together
 
 COUNT = 90
 
@@ -56,7 +59,9 @@ PACKED = {"max_seq_len": 160, "micro_batch_size": 3, "rmpad_with_pos_ids": True}
 PADDED = PACKED | {"rmpad_with_pos_ids": False}
 
 
-def loader_of(folder, tokenizer, name="chats.jsonl", kind="mapping", patches=96, **config):
+def loader_of(
+    folder, tokenizer, name="chats.jsonl", kind="mapping", patches=96, ranks=ALONE, **config
+):
     told: list[str] = []
     images = qwen_rules(tokenizer, window=2, max_patches=patches)
     config = LoaderConfig(**(PACKED | config), images=images)
@@ -70,7 +75,7 @@ def loader_of(folder, tokenizer, name="chats.jsonl", kind="mapping", patches=96,
         shuffle_buffer=16 if kind == "iterable" else None,
     )
     reader = open_reader(described, tokenizer, config.rules, config.seed)
-    return make_loader(reader, tokenizer, config, warn=told.append), told
+    return make_loader(reader, tokenizer, config, ranks, told.append), told
 
 
 def take(loader, count, state=None) -> list[Any]:
@@ -128,7 +133,9 @@ def test_the_stream_resumes_to_the_bit(kind, folder, tokenizer):
 
 def test_a_piece_that_waits_keeps_its_own_pixels_alone(folder, tokenizer):
     loader, _ = loader_of(folder, tokenizer)
-    held = [p for a in loader._arrivals(loader._one_pass(), ()) for p in a.held if p.vision]
+    held: list[Any] = [
+        p for a in loader._arrivals(loader._one_pass(), ()) for p in a.held if p.vision
+    ]
     assert held
     assert all(piece.vision.pixels.base is None for piece in held)
 
@@ -141,6 +148,20 @@ def test_workers_and_the_place_of_packing_change_nothing(folder, tokenizer):
         got = take(loader, 8)
         assert all(same(a, b) for (a, _), (b, _) in zip(got, want, strict=True))
         loader.close()
+
+
+def test_ranks_that_read_together_share_the_rows_of_one(folder, tokenizer):
+    whole = take(loader_of(folder, tokenizer, accumulate=2)[0], 5)
+
+    def act(ranks):
+        own = {"data_rank": ranks.rank, "data_ranks": 2}
+        return take(loader_of(folder, tokenizer, ranks=ranks, **own)[0], 5)
+
+    parts = together(2, act)
+    for step, (batch, state) in enumerate(whole):
+        assert all(part[step][1] == state for part in parts)
+        shares = [tree_map(lambda leaf: leaf[None], part[step][0]) for part in parts]
+        assert same(tree_map(lambda *rows: torch.cat(rows), *shares), batch)
 
 
 @pytest.mark.parametrize("config", [PACKED, PADDED, PADDED | {"rmpad": True}])
