@@ -14,7 +14,7 @@ from omnistep.core.checkpoint.ranks import Ranks
 from omnistep.core.checkpoint.weight_files import write_weights
 from omnistep.data.chat import Template
 from omnistep.data.tokenizer import Tokenizer
-from omnistep.models.hf_config import ARCHITECTURES
+from omnistep.models.hf_config import ARCHITECTURES, written_config
 
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
@@ -68,7 +68,7 @@ def write_config(
     """config.json as the model was given, with what it is now; generation_config.json where a turn
     ends with a token of its own. Returns the names of the files."""
     stale = ("torch_dtype", "quantization_config")  # dtype's older name; of what was read, if any
-    config = {k: v for k, v in model.raw.items() if k not in stale}
+    config = {k: v for k, v in written_config(model.raw, model.cfg).items() if k not in stale}
     config["architectures"] = [ARCHITECTURES[config["model_type"]]]
     config["dtype"] = str(dtype).removeprefix("torch.")
     if tokenizer is not None and template is not None:

@@ -279,7 +279,7 @@ def relayed_weights(
         _check(source, part)
         kept = part.param.dtype(dtype) if dtype else source.dtype(theirs)
         lazy[theirs] = LazyTensor(part.shape, kept, partial(read, part, kept))
-    return lazy
+    return lazy | _constants(names, lazy)
 
 
 def export_weights(
@@ -292,7 +292,7 @@ def export_weights(
         for theirs, parts in names.tensors(params).items():
             read = partial(_tensor, parts, local)
             lazy[theirs] = LazyTensor(parts[0].shape, local[parts[0].ours].dtype, read)
-        return lazy
+        return lazy | _constants(names, lazy)
     mesh, places = layout.mesh, leaves_with_names(layout.places)
     extents = {name: extent(place, mesh) for name, place in places.items()}
     cells = {}
@@ -310,7 +310,16 @@ def export_weights(
         pieces = Pieces(whole, held, leaves[0].device)
         read = partial(_piece, leaves, here)
         lazy[theirs] = LazyTensor(part.shape, leaves[0].dtype, read, pieces)
-    return lazy
+    return lazy | _constants(names, lazy)
+
+
+def _constants(names: Names, others: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Of one dtype with the others."""
+    dtype = next(iter(others.values())).dtype
+    return {
+        name: LazyTensor(shape, dtype, partial(torch.full, shape, value, dtype=dtype))
+        for name, (shape, value) in names.constants.items()
+    }
 
 
 def _tensor(parts: Sequence[Part], leaves: Mapping[str, Tensor]) -> Tensor:

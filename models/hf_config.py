@@ -108,8 +108,10 @@ def _llava(raw: Json) -> Config:
         )
     tied = raw.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
     cfg = text_config(family, {**text, "tie_word_embeddings": tied})
-    kind = tower_kind({"vision_config": {}, **raw})
-    tower, width = read_tower(kind, raw.get("vision_config") or {})
+    if not isinstance(raw.get("vision_config"), dict):
+        raise ConfigJsonError("vision_config is missing: which vision tower the llava has")
+    kind = tower_kind(raw)
+    tower, width = read_tower(kind, raw["vision_config"])
     _check_width(width, cfg.embed)
     return evolve(cfg, tower=_cut(raw, kind, tower, cfg.embed))
 
@@ -147,6 +149,18 @@ def _cut(raw: Json, kind: str, tower: Tower, embed: int) -> Tower:
             raise ConfigJsonError(f"multimodal_projector_bias false is not built for {kind}")
         return tower
     return evolve(tower, layers=layers, projector=embed, projector_bias=bias)
+
+
+def written_config(raw: Json, cfg: Config) -> dict[str, Any]:
+    """The config.json beside exported weights: LLaVA's tower has no layers there but those
+    that were built, and no pooling behind them."""
+    if raw["model_type"] != "llava" or is_qwen(tower_kind(raw)) or cfg.tower is None:
+        return dict(raw)
+    kind = tower_kind(raw)
+    vision = {**raw["vision_config"], "model_type": kind, "num_hidden_layers": cfg.tower.layers}
+    if kind == "siglip_vision_model":
+        vision["vision_use_head"] = False
+    return {**raw, "vision_config": vision, "vision_feature_layer": -1}
 
 
 def compose(language: Json, encoder: Json, **overrides: Any) -> dict[str, Any]:

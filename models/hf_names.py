@@ -15,7 +15,7 @@ from omnistep.models.config import Config
 from omnistep.models.hf_config import text_family
 from omnistep.models.hf_text import Json
 from omnistep.models.hf_vision import tower_kind
-from omnistep.models.hf_vision_names import tower_names
+from omnistep.models.hf_vision_names import tower_names, unused
 
 Shape = tuple[int, ...]
 
@@ -157,6 +157,8 @@ class Names:
     """Where a leaf's last dimension is several there: the tensor's shape."""
     spellings: Rules = ()
     """See SPELLINGS."""
+    constants: Mapping[str, tuple[Shape, float]] = field(factory=dict)
+    """Tensors that transformers wants to be there though nothing comes of them: shape and value."""
     turned_experts: bool = False
     """A layer's experts are one tensor, and in some files the matrices of each are [in, out]."""
 
@@ -220,6 +222,7 @@ def weight_names(raw: Json, cfg: Config) -> Names:
         | {"deepstack": tuple(range(len(tower.deepstack)))},
         {"encoder.patch": patch},
         SPELLINGS.get(family, ()),
+        unused(kind, prefix, tower.embed),
         text == "qwen3_vl_moe_text",
     )
 

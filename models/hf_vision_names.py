@@ -90,6 +90,15 @@ def tower_names(kind: str, prefix: str) -> dict[str, str]:
     return weights | biases | {"encoder.class_token": f"{prefix}embeddings.class_embedding"}
 
 
+def unused(kind: str, prefix: str, width: int) -> dict[str, tuple[tuple[int, ...], float]]:
+    """The tensors of a tower in LLaVA that have no part in what it computes, with shape and value:
+    CLIP and SigLIP have a norm after their last layer, which is passed by."""
+    if MODULES[kind] is not _FIXED:
+        return {}
+    norm = f"{prefix}{_FIXED['encoder.post_norm']}"
+    return {f"{norm}.weight": ((width,), 1.0), f"{norm}.bias": ((width,), 0.0)}
+
+
 def tower_prefix(kind: str, held: Iterable[str]) -> str | None:
     """How the names of a tower's tensors begin in a file that holds these; None: it has none."""
     names, patch = set(held), MODULES[kind]["encoder.patch"]

@@ -10,7 +10,13 @@ from attrs import evolve
 
 from omnistep.core import param
 from omnistep.models.config import Tower
-from omnistep.models.hf_config import ConfigJsonError, compose, decoder_config, unused_dropout
+from omnistep.models.hf_config import (
+    ConfigJsonError,
+    compose,
+    decoder_config,
+    unused_dropout,
+    written_config,
+)
 from omnistep.models.hf_vision import (
     CLIP_MEAN,
     CLIP_STD,
@@ -395,6 +401,8 @@ def test_preprocessor_config():
 def test_compose_puts_a_tower_in_front_of_a_text_model():
     raw = compose(QWEN3_TEXT, LLAVA, image_token_id=9, vision_feature_layer=-3, image_size=224)
     cfg = decoder_config(raw)
+    assert decoder_config(written_config(raw, cfg)) == cfg
+    assert written_config(QWEN3_TEXT, decoder_config(QWEN3_TEXT)) == QWEN3_TEXT
     assert cfg.tied
     assert raw["torch_dtype"] == "bfloat16"
     assert cfg.tower is not None
