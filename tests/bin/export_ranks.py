@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,28 @@ EXPERTS = SMALL | {
     "num_experts_per_tok": 2,
     "first_k_dense_replace": 2,
 }
+VISION = {
+    "model_type": "qwen3_vl_moe",
+    "text_config": {
+        **{k: v for k, v in SMALL.items() if k not in ("model_type", "hidden_size")},
+        "hidden_size": 32,
+        "moe_intermediate_size": 16,
+        "mlp_only_layers": [0, 2],
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"mrope_section": [4, 2, 2]},
+    },
+    "vision_config": {
+        "depth": 2,
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "patch_size": 4,
+        "num_position_embeddings": 16,
+        "out_hidden_size": 32,
+        "deepstack_visual_indexes": [0, 1],
+    },
+}
 DEEP = SMALL | {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 32}
 MESHES = {
     "ddp": ({"dp_replicate": 4}, "ddp"),
@@ -78,10 +101,10 @@ def weights_of(model: Model, sizes, strategy, dtype=torch.float32) -> dict[str, 
 
 def export_from_meshes(folder: Path, ranks: Ranks) -> None:
     model = make_model(SMALL)
-    experts = make_model(EXPERTS)
-    for name, (sizes, strategy) in EXPERT_MESHES.items():
-        weights = weights_of(experts, sizes, strategy)
-        write_weights(folder / f"experts, {name}", weights, max_shard_bytes=20_000, ranks=ranks)
+    kinds = {"experts": make_model(EXPERTS), "vision": make_model(VISION)}
+    for kind, name in product(kinds, EXPERT_MESHES):
+        weights = weights_of(kinds[kind], *EXPERT_MESHES[name])
+        write_weights(folder / f"{kind}, {name}", weights, max_shard_bytes=20_000, ranks=ranks)
     for name, (sizes, strategy) in MESHES.items():
         for files, limit in LIMITS.items():
             directory = folder / f"{name}, {files}"

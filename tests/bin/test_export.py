@@ -15,7 +15,7 @@ from torch import Tensor
 from omnistep.core import param, rng
 from omnistep.core.checkpoint.safetensors import open_weights
 from omnistep.models import hf
-from tests.bin.export_ranks import EXPERT_MESHES, EXPERTS, LIMITS, MESHES, SMALL, make_model
+from tests.bin.export_ranks import EXPERT_MESHES, EXPERTS, LIMITS, MESHES, SMALL, VISION, make_model
 from tests.bin.runs import ENVIRONMENT, ROOT, content
 
 
@@ -62,6 +62,13 @@ def test_experts_shared_by_ranks_are_written_one_by_one(mesh: str, exports: Path
     expected = one_rank(raw=EXPERTS)
     assert "model.layers.3.mlp.experts.7.down_proj.weight" in expected
     assert_holds(exports / f"experts, {mesh}", expected)
+
+
+@pytest.mark.parametrize("mesh", EXPERT_MESHES)
+def test_towers_and_experts_in_one_tensor(mesh: str, exports: Path) -> None:
+    expected = one_rank(raw=VISION)
+    assert expected["model.language_model.layers.3.mlp.experts.gate_up_proj"].shape == (8, 32, 32)
+    assert_holds(exports / f"vision, {mesh}", expected)
 
 
 @pytest.mark.parametrize("files", LIMITS)

@@ -14,6 +14,7 @@ from omnistep.core import param, rng
 from omnistep.core.tree import leaves_with_names
 from omnistep.models import decoder, hf
 from omnistep.models.config import Config, Experts
+from omnistep.models.hf_config import decoder_config
 from omnistep.models.hf_names import weight_names
 from omnistep.parallel.layout import Place, extent, place, to_global
 from omnistep.parallel.mesh import (
@@ -232,3 +233,66 @@ def test_a_rank_makes_and_reads_only_its_pieces(cfg, sizes, fake_mesh):
     assert sum(made) <= share
     assert sum(read) <= share
     assert max(made) == max(leaf.numel() for leaf in leaves_with_names(whole).values()) / 8
+
+
+VISION_MODELS = {
+    "qwen3_vl_moe": {
+        "text_config": {
+            "vocab_size": 128,
+            "hidden_size": 64,
+            "num_hidden_layers": 4,
+            "head_dim": 16,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 32,
+            "num_experts": 16,
+            "num_experts_per_tok": 2,
+            "mlp_only_layers": [0, 2],
+            "rope_parameters": {"mrope_section": [4, 2, 2]},
+        },
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 48,
+            "intermediate_size": 64,
+            "num_heads": 4,
+            "patch_size": 4,
+            "num_position_embeddings": 16,
+            "out_hidden_size": 64,
+            "deepstack_visual_indexes": [0, 1],
+        },
+    },
+    "llava": {
+        "text_config": {"model_type": "llama", "vocab_size": 128, "hidden_size": 64}
+        | {"num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 64},
+        "vision_config": {"model_type": "clip_vision_model", "hidden_size": 32, "patch_size": 4}
+        | {"num_attention_heads": 2, "intermediate_size": 64, "image_size": 8}
+        | {"num_hidden_layers": 3},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("qwen3_vl_moe", {"dp_shard": 8}),
+        ("qwen3_vl_moe", {"dp_shard": 4, "tp": 2, "ep": 4}),
+        ("qwen3_vl_moe", {"pp": 2, "dp_shard": 2, "cp": 2, "ep": 2}),
+        ("llava", {"dp_shard": 2, "tp": 2}),
+    ],
+)
+def test_a_rank_reads_its_pieces_of_a_tower_and_of_experts_in_one_tensor(family, sizes, fake_mesh):
+    raw = {"model_type": family, **VISION_MODELS[family]}
+    cfg, cpu = decoder_config(raw), torch.device("cpu")
+    tree, names = decoder.params(cfg), weight_names(raw, cfg)
+    whole = param.initialize(tree, rng.key(0), torch.float32, cpu)
+    tensors = {name: t.read() for name, t in hf.export_weights(tree, names, whole).items()}
+    mesh = fake_mesh(rank=3, **sizes)
+    layout = param.make_layout(tree, mesh, "zero3", torch.float32)
+    imported = leaves_with_names(
+        hf.import_weights(tree, names, hf.InMemory(tensors), torch.float32, cpu, layout)
+    )
+    at = leaves_with_names(layout.places)
+    for name, leaf in leaves_with_names(whole).items():
+        shape, offset = extent(at[name], mesh)
+        part = leaf[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+        assert torch.equal(imported[name].to_local(), part), name
