@@ -1,5 +1,4 @@
-"""Leaves that do not learn, and leaves with a learning rate of their own: against torch's AdamW with
-parameter groups."""
+"""What does not learn, and leaves with a learning rate of their own: torch's AdamW has the same."""
 
 import pytest
 import torch
