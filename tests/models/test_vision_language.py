@@ -80,20 +80,21 @@ CASES: dict[str, dict[str, Any]] = {
         "image_token_index": IMAGE,
     },
 }
-QWEN_SAMPLES: Sequence[Sequence[int | Grid]] = (
+Sample = Sequence[int | Grid]
+"""Its parts: how many tokens of text, or the grid of an image or a video."""
+QWEN_SAMPLES: Sequence[Sample] = (
     (9,),
     (3, (1, 4, 6), 5),
     ((1, 4, 4), 2, (1, 2, 8), (1, 6, 10), 4),
     (1, (1, 2, 2), 2, (3, 6, 4), 3, (2, 2, 4), 2),
     (1,),
 )
-LLAVA_SAMPLES: Sequence[Sequence[int | Grid]] = (
+LLAVA_SAMPLES: Sequence[Sample] = (
     (9,),
     (3, (1, 3, 3), 5),
     ((1, 3, 3), 2, (1, 3, 3), (1, 3, 3), 4),
     (1,),
 )
-"""Of each sample its parts: how many tokens of text, or the grid of an image or a video."""
 
 
 @frozen(eq=False)
@@ -105,8 +106,8 @@ class Reference:
     names: Names
 
     @classmethod
-    def of(cls, case: str, dtype: torch.dtype) -> "Reference":
-        config = transformers.AutoConfig.for_model(case.partition("-")[0], **CASES[case])
+    def of(cls, family: str, extra: Mapping[str, Any], dtype: torch.dtype) -> "Reference":
+        config = transformers.AutoConfig.for_model(family, **extra)
         config._attn_implementation = "eager"
         config._experts_implementation = "eager"  # the others take no fp64
         torch.manual_seed(0)
@@ -161,9 +162,7 @@ class Row:
     grids: list[Grid]
 
 
-def make_row(
-    reference: Reference, samples: Sequence[Sequence[int | Grid]], seq: int, g: torch.Generator
-) -> Row:
+def make_row(reference: Reference, samples: Sequence[Sample], seq: int, g: torch.Generator) -> Row:
     """These samples, one after another, and padding up to `seq` tokens."""
     row = Row([], [], [], torch.zeros(seq, 3, dtype=torch.int32), [])
     for sample in samples:
@@ -214,15 +213,13 @@ def _their_rope(reference: Reference, kinds: list[int], grids: Sequence[Grid]) -
 
 
 def make_case(
-    reference: Reference, packed: bool, dtype: torch.dtype
+    reference: Reference, rows: Sequence[Sequence[Sample]], seq: int, dtype: torch.dtype
 ) -> tuple[Batch, dict[str, Tensor]]:
     """A Batch, and what transformers takes for it."""
     cfg = reference.cfg
     assert cfg.tower is not None
-    samples = QWEN_SAMPLES if cfg.rope_axes else LLAVA_SAMPLES
-    rows = [samples[:3], samples[3:]] if packed else [[sample] for sample in samples]
     g = torch.Generator().manual_seed(1)
-    made = [make_row(reference, row, 72, g) for row in rows]
+    made = [make_row(reference, row, seq, g) for row in rows]
     kinds = torch.tensor([row.kinds for row in made])
     images = make_images(cfg.tower, [row.grids for row in made], 148, dtype)
     tokens = torch.tensor([row.tokens for row in made])
@@ -252,7 +249,7 @@ def make_case(
 
 @functools.cache
 def reference_of(case: str, dtype: torch.dtype) -> Reference:
-    return Reference.of(case, dtype)
+    return Reference.of(case.partition("-")[0], CASES[case], dtype)
 
 
 def _errors_of_zeros(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, float]:
@@ -271,7 +268,9 @@ def _errors_of_zeros(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -
 def test_logits_loss_and_gradients_match_transformers(case, dtype, tolerance, packed):
     reference = reference_of(case, dtype)
     model, cfg = reference.model, reference.cfg
-    batch, inputs = make_case(reference, packed, dtype)
+    samples = QWEN_SAMPLES if cfg.rope_axes else LLAVA_SAMPLES
+    rows = [samples[:3], samples[3:]] if packed else [[sample] for sample in samples]
+    batch, inputs = make_case(reference, rows, 72, dtype)
     with Fp64() if dtype == torch.float64 else nullcontext():
         out = model(**inputs, use_cache=False).logits
     losses = F.cross_entropy(out.flatten(0, 1), batch.targets.flatten(), reduction="none")
@@ -291,3 +290,31 @@ def test_logits_loss_and_gradients_match_transformers(case, dtype, tolerance, pa
     ours = {name: value for name, value in ours.items() if name not in reference.names.constants}
     errors = relative_errors(ours, theirs) | _errors_of_zeros(ours, theirs)
     assert max(errors.values()) < tolerance, errors
+
+
+def test_load_balancing_with_images_matches_transformers():
+    """Their mean loss of one row without padding, times its weight."""
+    balanced = {"output_router_logits": True, "router_aux_loss_coef": 0.3}
+    case = CASES["qwen3_vl_moe"]
+    text = case["text_config"] | balanced
+    reference = Reference.of("qwen3_vl_moe", case | {"text_config": text}, torch.float64)
+    model, cfg = reference.model, reference.cfg
+    assert cfg.experts is not None
+    assert cfg.experts.aux == 0.3
+    batch, inputs = make_case(reference, [[QWEN_SAMPLES[3]]], 43, torch.float64)
+    weights = batch.weights.clone()
+    weights[:, -1] = 0
+    labels = torch.where(weights.roll(1, 1) > 0, batch.tokens, -100)
+    with Fp64():
+        out = model(**inputs, labels=labels, use_cache=False)
+    (out.loss * weights.sum()).backward()
+    assert out.aux_loss > 1
+
+    batch = evolve(batch, targets=batch.tokens.roll(-1, 1), weights=weights)
+    tree = decoder.params(cfg)
+    loss = decoder.make_stages(cfg, param.one_rank(tree, torch.float64), compile=False)
+    ours = reference.weights(torch.float64)
+    result, grads = value_and_grad(loss)(ours, [batch], [rng.key(0)])
+    torch.testing.assert_close(result.objective / result.weight, out.loss, rtol=1e-10, atol=0)
+    errors = relative_errors(exported(tree, reference.names, grads), reference.gradients())
+    assert max(errors.values()) < 1e-10, errors
