@@ -27,6 +27,8 @@ from omnistep.bin.model import (
     make_model,
     param_dtype,
     read_model,
+    read_preprocessors,
+    with_frozen,
 )
 from omnistep.bin.origin import PARAMS, Origin, kind_of, open_origin
 from omnistep.bin.position import first, first_key
@@ -50,6 +52,7 @@ from omnistep.data.errors import DataError
 from omnistep.data.tokenizer import Tokenizer
 from omnistep.models import hf
 from omnistep.models.hf_config import ConfigJsonError
+from omnistep.parallel.mesh import Mesh
 
 CONVERT = Command(
     "omnistep-convert",
@@ -185,10 +188,10 @@ def model_of(job: Job, origin: Origin, args: Arguments) -> Model:
     """By the config.json that was given, else the source's own, else the recipe's."""
     given = parse(job.argv, CONVERT).model.config_path
     if given is None and origin.config is not None:
-        return make_model(origin.config)
+        return with_frozen(make_model(origin.config, read_preprocessors(args.model)), args.train)
     if args.model.config_path is None or (given is None and origin.kind == "hf"):
         raise RunError(f"{job.source} has no config.json of the model: give --model.config_path")
-    return read_model(args.model)
+    return with_frozen(read_model(args.model), args.train)
 
 
 # ---- the target ------------------------------------------------------------------------------
@@ -284,7 +287,10 @@ def speech(
         if args.model.tokenizer_path is None:
             raise DataError("none is known")
         tokenizer = build.read_tokenizer(args.model, model.cfg)
-        return tokenizer, build.open_chat_template(args.data, tokenizer) if has_data else None
+        if not has_data:
+            return tokenizer, None
+        images = build.make_image_rules(args, model, Mesh(torch.device("cpu")))
+        return tokenizer, build.open_chat_template(args.data, tokenizer, images)
     except (DataError, RunError) as error:
         if given.args.model.tokenizer_path is not None:
             raise

@@ -63,18 +63,32 @@ def make_model(raw: Json, preprocessors: Mapping[str, Json] | None = None) -> Mo
 def read_model(args: ModelArguments) -> Model:
     """With model.encoders, the language model and the tower in front of it. Raises ConfigJsonError
     where a file can't be read, or what it describes is not built."""
-    path, raw = args.config_path or "", read_config_json(args.config_path or "")
+    raw = read_config_json(args.config_path or "")
     if encoder := args.encoders.get("image"):
-        path = expand_path(encoder.get("config_path") or encoder["model_path"])
         further = {key: value for key, value in encoder.items() if key not in ENCODER_PATHS}
         try:
-            raw = compose(raw, read_config_json(path), **further)
+            raw = compose(raw, read_config_json(_images_place(args)), **further)
         except ConfigJsonError as error:
             raise ConfigJsonError(f"model.encoders.image: {error}") from None
-    return make_model(raw, {name: read_preprocessor(path, name) for name in (PREPROCESSOR, VIDEO)})
+    return make_model(raw, read_preprocessors(args))
 
 
-def read_preprocessor(config_path: str, name: str) -> dict[str, Any]:
+def _images_place(args: ModelArguments) -> str:
+    """Where the configuration of what reads images is: the encoder's, or the model's own."""
+    encoder = args.encoders.get("image")
+    if not encoder:
+        return args.config_path or ""
+    return expand_path(encoder.get("config_path") or encoder["model_path"])
+
+
+def read_preprocessors(args: ModelArguments) -> dict[str, Json]:
+    """What stands beside the config.json of what reads images. Raises ConfigJsonError where it
+    can't be read."""
+    place = _images_place(args)
+    return {name: _read_preprocessor(place, name) for name in (PREPROCESSOR, VIDEO)}
+
+
+def _read_preprocessor(config_path: str, name: str) -> dict[str, Any]:
     """What stands in that file beside a config.json, itself or its directory; {} where there is
     none. Raises ConfigJsonError where it can't be read."""
     place = Path(config_path)

@@ -50,7 +50,7 @@ class ModelArguments:
         path=True,
     )
     encoders: dict[str, Any] = arg(
-        {}, "{modality: {config_path, model_path, ...}}: raw input to embeddings"
+        {}, "{image: {config_path, model_path, image_token_id, ...}}: a tower in front of the model"
     )
     decoders: dict[str, Any] = arg(
         {}, "{modality: {config_path, model_path, ...}}: hidden states back to raw data"

@@ -24,7 +24,15 @@ from omnistep.core.config import (
     value_of,
 )
 from omnistep.core.config_rules import derive, described, problems
-from omnistep.core.config_types import CONVERTER, Dumper, Loader, from_text, shown, structured
+from omnistep.core.config_types import (
+    CONVERTER,
+    Dumper,
+    Loader,
+    from_text,
+    scalar,
+    shown,
+    structured,
+)
 
 COMMAND_LINE = "command line"
 HELP = ("-h", "--help")
@@ -160,11 +168,15 @@ def collect(argv: Sequence[str], command: Command = TRAIN) -> Given:
         raise ConfigError([f"one recipe at most; given: {', '.join(recipes)}"])
     settings = {setting.name: setting for path in recipes for setting in read_recipe(path)}
     errors: dict[str, str] = {}
-    for name, text in texts.items():
+    for option, text in texts.items():
+        name, keys = _inside(option)
         try:
-            settings[name] = Setting(name, _from_command_line(name, text, command), COMMAND_LINE)
+            value = _from_command_line(name, text, bool(keys), command)
         except ValueError as error:
-            errors[name] = f"{_option(name, text)} ({COMMAND_LINE}): {error}"
+            errors[name] = f"{_option(option, text)} ({COMMAND_LINE}): {error}"
+            continue
+        held = settings[name].value if name in settings else {}
+        settings[name] = Setting(name, _with_value(held, keys, value), COMMAND_LINE)
     values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for name, setting in settings.items():
         if name in errors:
@@ -184,14 +196,32 @@ def collect(argv: Sequence[str], command: Command = TRAIN) -> Given:
     )
 
 
-def _from_command_line(name: str, text: str | None, command: Command) -> Any:
+def _inside(option: str) -> tuple[str, tuple[str, ...]]:
+    """`model.encoders.image.model_path`: the argument, a mapping, and the keys in it."""
+    section, key, *keys = (*option.split("."), "", "")
+    name, keys = f"{section}.{key}", tuple(filter(None, keys))
+    if keys and name in ARGUMENTS and ARGUMENTS[name].type == dict[str, Any]:
+        return name, keys
+    return option, ()
+
+
+def _with_value(held: Any, keys: tuple[str, ...], value: Any) -> Any:
+    """`held` with the value at these keys; the value itself where there are none."""
+    if not keys:
+        return value
+    held = held if isinstance(held, dict) else {}
+    return {**held, keys[0]: _with_value(held.get(keys[0]), keys[1:], value)}
+
+
+def _from_command_line(name: str, text: str | None, inside: bool, command: Command) -> Any:
+    """`inside`: the text is of a value in the mapping that the argument is."""
     argument = _known(name)
     if not command.takes(name):
         reads = " and ".join(r if "." in r else f"{r}.*" for r in command.reads)
         raise ValueError(f"{command.program} reads {reads} only")
     if text is None:
         raise ValueError(f"needs a value; write --{name}=VALUE where it begins with --")
-    return from_text(text, argument)
+    return scalar(text) if inside else from_text(text, argument)
 
 
 def _option(name: str, text: str | None) -> str:

@@ -182,10 +182,10 @@ def from_text(text: str, argument: Argument) -> Any:
         return names if inner != text or len(names) > 1 else text
     if main is str or typing.get_origin(main) is Literal:
         return text
-    return _scalar(text)
+    return scalar(text)
 
 
-def _scalar(text: str) -> Any:
+def scalar(text: str) -> Any:
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError:

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,9 +126,8 @@ def test_the_weights_of_both_are_read_and_what_is_frozen_stays(parts, projector_
 
 def test_transformers_reads_the_export(projector_only):
     """And makes the same pixels: preprocessor_config.json stands beside it."""
-    model, info = LlavaForConditionalGeneration.from_pretrained(
-        projector_only / "hf", output_loading_info=True
-    )
+    read: Any = LlavaForConditionalGeneration.from_pretrained
+    model, info = read(projector_only / "hf", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert model.config.image_token_id == IMAGE

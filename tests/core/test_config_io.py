@@ -364,3 +364,13 @@ def test_a_run_started_from_its_dump_is_the_same_run(args: Arguments, cuda: bool
     assert read == resolved
     assert resolve(read, world_size=1, cuda=cuda) == resolved
     assert to_yaml(read) == to_yaml(resolved)
+
+
+def test_a_key_inside_of_a_mapping():
+    """On top of what the recipe, or the option before, gives of it."""
+    whole = '--model.encoders={"image": {"config_path": "a", "window": 3}}'
+    argv = [whole, "--model.encoders.image.config_path=b", "--model.encoders.image.side", "7"]
+    args = parse(argv)
+    assert args.model.encoders == {"image": {"config_path": "b", "window": 3, "side": 7}}
+    with pytest.raises(ConfigError, match=r"train\.lr\.x = .*no such argument"):
+        parse(["--train.lr.x=1"])

@@ -44,8 +44,8 @@ def test_another_mix_of_images_compiles_nothing(traced, monkeypatch):
         if step < matrix.STEPS - 1:
             return whole
         none = global_batch(step, *rest, without=ROWS)
+        assert none.patches is not None
         assert (none.patches.units < 0).all()
-        assert not (whole.patches.units < 0).all()
         return none
 
     monkeypatch.setattr(matrix, "global_batch", batch)

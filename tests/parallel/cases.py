@@ -55,7 +55,6 @@ SINGLE_PRECISION = (
 DENSE_COMPILED = (
     Case("dp_replicate 2", "ddp", compile=True),
     Case("dp_shard 2", "zero3", "llama", accumulate=3, compile=True),
-    Case("tp 2", "zero2", mode="selective", compile=True),
     Case("ulysses 2", "zero3", packed=False, mode="full", compile=True),
     Case("cp 2", "zero3", "bias", compile=True),
     Case("pp 2", "zero3", "bias", accumulate=3, compile=True),
@@ -162,10 +161,7 @@ VISION = (
     Case("dp_shard 2, tp 2", "zero3", "qwen3_vl", packed=False, dtype="fp32"),
 )
 """A tower in front; of the first rows none has an image."""
-VISION_COMPILED = (
-    Case("dp_shard 2", "zero3", "qwen3_vl", compile=True),
-    Case("tp 2", "zero2", "windows", mode="full", compile=True),
-)
+VISION_COMPILED = (Case("tp 2", "zero2", "windows", mode="selective", compile=True),)
 
 COMPILED = (*DENSE_COMPILED, *EP_COMPILED, *VISION_COMPILED)
 ALL = (
@@ -173,3 +169,6 @@ ALL = (
     *(*EXPERTS_WHOLE, *EP_ALONE, *EP_PAIRS, *GPT_OSS, *EP_PRODUCTS, *SKEWED),
     *(*EP_SINGLE_PRECISION, *EP_COMPILED, *VISION, *VISION_COMPILED),
 )
+
+ON_EIGHT = (PRODUCTS[2], PRODUCTS[4], EP_PRODUCTS[0])
+"""Of the cases on eight ranks, those that every run of the tests holds."""
