@@ -5,7 +5,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,51 +110,56 @@ def read_records(path: str, limit: int | None) -> list[Record]:
     source = open_source(path, ("messages",), beside=("images",), argument="DATA")
     records = [source[i] for i in range(min(len(source), limit or len(source)))]
     for record in records:
-        messages = record.content["messages"]  # pyright: ignore
+        messages = fields_of(record).get("messages")
         if not messages or messages[-1].get("role") != "assistant":
             raise DataError(f"{record.where}: its last message is not the assistant's")
     return records
 
 
+def fields_of(record: Record) -> Mapping[str, Any]:
+    if isinstance(record.content, str):
+        raise DataError(f"{record.where}: a conversation is expected, not text")
+    return record.content
+
+
 def caption_of(record: Record) -> str:
-    return record.content["messages"][-1]["content"]  # pyright: ignore
+    return fields_of(record)["messages"][-1]["content"]
+
+
+def changed(record: Record, **fields: Any) -> Record:
+    return attrs.evolve(record, content={**fields_of(record), **fields})
 
 
 def question_of(record: Record) -> Record:
     """The messages before the caption."""
-    content = {**record.content, "messages": record.content["messages"][:-1]}  # pyright: ignore
-    return attrs.evolve(record, content=content)
+    return changed(record, messages=fields_of(record)["messages"][:-1])
 
 
 def with_others_images(records: Sequence[Record]) -> list[Record]:
     """Each with the images of the one half of them further on, which must be as many."""
     half, count = len(records) // 2, len(records)
-    changed = []
+    exchanged = []
     for i, record in enumerate(records):
         other = records[(i + half) % count]
-        mine, theirs = (r.content.get("images") or [] for r in (record, other))  # pyright: ignore
+        mine, theirs = (fields_of(r).get("images") or [] for r in (record, other))
         if len(mine) != len(theirs):
             raise DataError(
                 f"{record.where} has {len(mine)} images and {other.where} {len(theirs)}: images "
                 "can be exchanged only where all records have as many"
             )
-        content = {**record.content, "images": theirs}  # pyright: ignore
-        changed.append(attrs.evolve(record, content=content, folder=other.folder))
-    return changed
+        exchanged.append(attrs.evolve(changed(record, images=theirs), folder=other.folder))
+    return exchanged
 
 
 def without_images(records: Sequence[Record]) -> list[Record]:
-    def blind(message: dict[str, Any]) -> dict[str, Any]:
+    def blind(message: Mapping[str, Any]) -> dict[str, Any]:
         content = message["content"]
         if isinstance(content, str):
             return {**message, "content": content.replace(IMAGE, "")}
         return {**message, "content": [part for part in content if part.get("type") == "text"]}
 
     return [
-        attrs.evolve(
-            record,
-            content={"messages": [blind(m) for m in record.content["messages"]]},  # pyright: ignore
-        )
+        changed(record, messages=[blind(m) for m in fields_of(record)["messages"]], images=None)
         for record in records
     ]
 
@@ -246,7 +251,7 @@ def draw(records: Sequence[Record], said: Sequence[str], separator: str, path: P
     for place, i in enumerate(chosen, 1):
         axes = figure.add_subplot(down, across, place)
         axes.axis("off")
-        image = records[i].content["images"][0]  # pyright: ignore
+        image = fields_of(records[i])["images"][0]
         axes.imshow(open_clip(Source(image), records[i].folder).frames[0])
         true = caption_of(records[i])
         right = said[i].split(separator)[0] == true.split(separator)[0]
