@@ -22,6 +22,10 @@ from omnistep.core.tree import Tree, leaves_with_names
 from omnistep.data.state import DataState
 
 
+MOMENTS = "state.opt_state.mu."
+"""How the names of a checkpoint's first moments begin; every optimizer has them."""
+
+
 @frozen(eq=False)
 class Position:
     """Where a run stands. All of it is in a checkpoint."""
@@ -143,14 +147,24 @@ def named(
 def restore(
     source: CheckpointStore, step: int, abstract: TrainState, device: torch.device
 ) -> Position:
-    """Raises RunError where the checkpoint holds more than `abstract`, CheckpointError where it
-    holds less or is damaged."""
+    """Raises RunError where the checkpoint holds more than `abstract`, or lacks moments of what was
+    frozen, CheckpointError where it lacks other things or is damaged."""
     wanted = {"state": abstract, "data": "", "meters": "", "model": ""}
-    if more := sorted(source.stored(step).keys() - leaves_with_names(wanted).keys()):
+    held, names = source.stored(step).keys(), leaves_with_names(wanted).keys()
+    lacking = {n.removeprefix(MOMENTS) for n in names - held if n.startswith(MOMENTS)}
+    if frozen := sorted(name for name in lacking if f"state.params.{name}" in held):
+        raise RunError(
+            f"the checkpoint {source.directory}/{step} has no optimizer state of "
+            f"{', '.join(frozen[:4])}{', …' if len(frozen) > 4 else ''}, which were frozen "
+            "(train.freeze) when it was written. To train them start a new run from its weights: "
+            "model.model_path"
+        )
+    if more := sorted(held - names):
         raise RunError(
             f"the checkpoint {source.directory}/{step} holds what this run has no place for: "
             f"{', '.join(more[:8])}{', …' if len(more) > 8 else ''}. It is of another model or "
-            "optimizer: set model.config_path and train.optimizer as in the recipe.yaml of its run"
+            "optimizer: set model.config_path, train.optimizer and train.freeze as in the "
+            "recipe.yaml of its run"
         )
     found = source.restore(wanted, step, device=device)
     data, meters, config = (json.loads(found[name]) for name in ("data", "meters", "model"))

@@ -24,7 +24,7 @@ from omnistep.bin import train
 from omnistep.core.checkpoint.store import open_store
 from omnistep.core.logs import read_metrics
 from omnistep.data.tokenizer import load_tokenizer
-from tests.bin.runs import ROOT, Files, call, settings, succeeded, words
+from tests.bin.runs import ROOT, Files, call, content, settings, succeeded, words
 
 TOKENIZER = ROOT / "data/emoji/tokenizer"
 IMAGE = load_tokenizer(str(TOKENIZER)).token_id("<|image_pad|>")
@@ -141,6 +141,25 @@ def test_only_the_projector_has_optimizer_state(projector_only):
     store.close()
     assert moments
     assert all(name.startswith("state.opt_state.mu.projector.") for name in moments)
+
+
+@pytest.mark.parametrize(
+    ("freeze", "said"),
+    [
+        ("encoder", "has no optimizer state of embed, .* which were frozen"),
+        (
+            '["encoder", "projector"]',
+            "has no optimizer state of embed, .* To train them start a new run from its weights",
+        ),
+    ],
+)
+def test_what_was_frozen_has_to_stay_so(parts, projector_only, freeze, said):
+    before = content(projector_only / "checkpoints")
+    changes = {"train_freeze": freeze, "train_load_checkpoint_path": "auto"}
+    result = run(parts, projector_only, data_train_size=512, **changes)
+    assert result.code == 1
+    assert re.search(said, result.err), result.err
+    assert content(projector_only / "checkpoints") == before
 
 
 def test_parts_may_start_at_random(parts, tmp_path):
