@@ -21,7 +21,6 @@ from omnistep.core.step import TrainState, init_state
 from omnistep.core.tree import Tree, leaves_with_names
 from omnistep.data.state import DataState
 
-
 MOMENTS = "state.opt_state.mu."
 """How the names of a checkpoint's first moments begin; every optimizer has them."""
 
