@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from omnistep.bin.model import PREPROCESSOR, VIDEO, Model
+from omnistep.bin.model import PREPROCESSOR, PROCESSOR, VIDEO, Model
 from omnistep.core.checkpoint.pieces import LazyTensor
 from omnistep.core.checkpoint.ranks import Ranks
 from omnistep.core.checkpoint.weight_files import write_weights
@@ -17,6 +17,7 @@ from omnistep.data.tokenizer import Tokenizer
 from omnistep.models.hf_config import ARCHITECTURES, written_config
 
 GENERATION = "generation_config.json"
+OTHER_FILES = (GENERATION, PREPROCESSOR, VIDEO, PROCESSOR)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -47,12 +48,7 @@ def export(
         written = write_config(directory, model, dtype, tokenizer, template)
         if tokenizer is not None:
             written |= copy_tokenizer(directory, tokenizer, template)
-        for name in {
-            *TOKENIZER_FILES,
-            GENERATION,
-            PREPROCESSOR,
-            VIDEO,
-        } - written:  # of another model
+        for name in {*TOKENIZER_FILES, *OTHER_FILES} - written:  # of another model
             (directory / name).unlink(missing_ok=True)
 
     ranks.ask_first(write_rest)

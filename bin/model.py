@@ -1,10 +1,8 @@
 """The model of a run: read from configuration files, alone or a tower in front of a language model;
 which parts of it learn, and how fast; the weights it starts from."""
 
-import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -19,7 +17,13 @@ from omnistep.core.config_rules import PARTS, expand_path
 from omnistep.core.param import Layout, Param, is_param
 from omnistep.core.tree import Tree, leaves_with_names, map_with_name, pick
 from omnistep.models import decoder, hf
-from omnistep.models.hf_config import ConfigJsonError, compose, decoder_config, read_config_json
+from omnistep.models.hf_config import (
+    ConfigJsonError,
+    compose,
+    decoder_config,
+    read_config_json,
+    read_json_beside,
+)
 from omnistep.models.hf_names import Names, weight_names
 from omnistep.models.hf_vision import tower_kind, with_preprocessor
 
@@ -32,6 +36,8 @@ class RunError(Exception):
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 PREPROCESSOR, VIDEO = "preprocessor_config.json", "video_preprocessor_config.json"
+PROCESSOR = "processor_config.json"
+"""Holds both in what transformers 5 saves; where it does, they are read before the files above."""
 ENCODER_PATHS = ("config_path", "model_path")
 
 
@@ -53,7 +59,7 @@ class Model:
 
 def make_model(raw: Json, preprocessors: Mapping[str, Json] | None = None) -> Model:
     """The model that a config.json describes. Raises ConfigJsonError."""
-    cfg, files = decoder_config(raw), {n: f for n, f in (preprocessors or {}).items() if f}
+    cfg, files = decoder_config(raw), preprocessors or {}
     if cfg.tower is None:
         return Model(raw, cfg, decoder.params(cfg), weight_names(raw, cfg))
     cfg = attrs.evolve(cfg, tower=with_preprocessor(cfg.tower, files.get(PREPROCESSOR, {})))
@@ -82,26 +88,15 @@ def _images_place(args: ModelArguments) -> str:
 
 
 def read_preprocessors(args: ModelArguments) -> dict[str, Json]:
-    """What stands beside the config.json of what reads images. Raises ConfigJsonError where it
-    can't be read."""
+    """What stands beside the config.json of what reads images: of PREPROCESSOR and VIDEO those that
+    there are. Raises ConfigJsonError where a file can't be read."""
     place = _images_place(args)
-    return {name: _read_preprocessor(place, name) for name in (PREPROCESSOR, VIDEO)}
-
-
-def _read_preprocessor(config_path: str, name: str) -> dict[str, Any]:
-    """What stands in that file beside a config.json, itself or its directory; {} where there is
-    none. Raises ConfigJsonError where it can't be read."""
-    place = Path(config_path)
-    file = (place if place.is_dir() else place.parent) / name
-    if not file.is_file():
-        return {}
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigJsonError(f"{file} can't be read as JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigJsonError(f"{file} holds a JSON {type(raw).__name__}, not an object")
-    return raw
+    both = read_json_beside(place, PROCESSOR) or {}
+    found = {
+        name: both.get(part) or read_json_beside(place, name)
+        for name, part in ((PREPROCESSOR, "image_processor"), (VIDEO, "video_processor"))
+    }
+    return {name: content for name, content in found.items() if content}
 
 
 # ---- parts ---------------------------------------------------------------------------------

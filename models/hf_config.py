@@ -42,13 +42,25 @@ LLAVA_KEYS = (
 
 
 def read_config_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object at `path`, a config.json or the directory that holds it."""
+    """The JSON object at `path`, a config.json or the directory that holds it. Raises
+    ConfigJsonError."""
     file = Path(path)
     file = file / "config.json" if file.is_dir() else file
+    raw = read_json_beside(file, file.name)
+    if raw is None:
+        raise ConfigJsonError(f"no model configuration at {file}")
+    return raw
+
+
+def read_json_beside(path: str | Path, name: str) -> dict[str, Any] | None:
+    """The JSON object in the file of that name beside a config.json, which `path` is or is the
+    directory of; None: there is no such file. Raises ConfigJsonError where it can't be read."""
+    place = Path(path)
+    file = (place if place.is_dir() else place.parent) / name
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigJsonError(f"no model configuration at {file}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigJsonError(f"{file} can't be read as JSON: {error}") from None
     if not isinstance(raw, dict):
