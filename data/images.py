@@ -7,6 +7,7 @@ import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ def _content(text: str, folder: str) -> tuple[bytes, str]:
         if not head.endswith(";base64"):
             raise DataError(f"a data: URL must be of base64, got {short(text)}")
         return _base64(data), f"the image {short(text)}"
-    path = Path(folder) / Path(text.removeprefix("file://")).expanduser()
+    path = Path(folder) / expanduser(text.removeprefix("file://"))
     if path.suffix.lower() in VIDEO_FILES:
         raise DataError(
             f"{path}: video files can't be decoded here: give a list of frames, each an image, or "

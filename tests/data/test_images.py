@@ -306,6 +306,7 @@ def test_an_image_is_turned_upright():
     [
         ("https://a.b/c.png", "training does not download"),
         ("no.png", "there is no image .*no.png. .No such file"),
+        ("~nobody/no.png", "there is no image .*no.png. .No such file"),
         ("clip.mp4", "video files can't be decoded here: give a list of frames"),
         ({"url": 1}, "mapping with `bytes` or `path`"),
         (7, "got a int"),
