@@ -219,7 +219,7 @@ def join_prompts(prompts: Sequence[Prompt], cfg: Config, device: torch.device) -
     """The prompts as rows, padded on the left. Nothing is to be learnt of it.
 
     Raises ValueError: no prompt or an empty one; patches for a model that has no tower, or without
-    the positions that it needs.
+    the positions or the windows that it needs.
     """
     if not prompts or not all(prompt.ids for prompt in prompts):
         raise ValueError("every prompt needs at least one token")
@@ -256,6 +256,8 @@ def _check_prompt(prompt: Prompt, cfg: Config) -> None:
         raise ValueError("a prompt has images, but the model has no tower to look at them")
     if cfg.rope_axes and prompt.rope is None:
         raise ValueError("a prompt with images needs `rope`, the three positions of its tokens")
+    if cfg.tower.window and prompt.patches.windows is None:
+        raise ValueError("the tower attends within windows, but the Patches of a prompt have none")
     if prompt.patches.units.shape != (1, len(prompt.ids)):
         raise ValueError(
             f"Patches.units of a prompt of {len(prompt.ids)} tokens must be of shape "

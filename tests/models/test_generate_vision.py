@@ -201,3 +201,6 @@ def test_prompts_that_do_not_fit_the_model(tmp_path):
         ours(cfg, tree, [evolve(seen, ids=[1, 2, 3, 4])], 2)
     with pytest.raises(ValueError, match="no tower"):
         ours(evolve(cfg, tower=None), tree, [seen], 2)
+    assert cfg.tower is not None
+    with pytest.raises(ValueError, match="attends within windows"):
+        ours(evolve(cfg, tower=evolve(cfg.tower, window=2)), tree, [seen], 2)
