@@ -70,14 +70,19 @@ class Ask:
                 text = self._plain(said.messages[-1]["content"])
             else:
                 text = self.template.render(said.messages, add_generation_prompt=True)
-            if clips:
-                return prompt_of(tokens_of(text, (), clips, self.tokenizer, self.rules))
+            # without a template the tokenizer may put tokens of its own before a text
+            tokens = tokens_of(
+                text,
+                (),
+                clips,
+                self.tokenizer,
+                self.rules if clips else None,
+                add_special_tokens=self.template is None,
+            )
         except DataError as error:
             raise DataError(f"{record.where}: {error}") from error
-        # without a template the tokenizer may put tokens of its own before a text
-        ids = self.tokenizer.encode(text, add_special_tokens=self.template is None)
         # an empty prompt begins as a document does: after the end of another
-        return Prompt(ids or [self.tokenizer.eos_id])
+        return prompt_of(tokens) if len(tokens.ids) else Prompt([self.tokenizer.eos_id])
 
     def _plain(self, content: str | Sequence[Mapping[str, str]]) -> str:
         if isinstance(content, str):

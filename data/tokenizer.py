@@ -32,11 +32,11 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_with_offsets(
-        self, text: str
+        self, text: str, add_special_tokens: bool = False
     ) -> tuple[Int32[np.ndarray, "tokens"], Int64[np.ndarray, "tokens 2"]]:
-        """Ids of `text` without BOS or EOS around it, and for each token the characters it covers:
-        from, to."""
-        encoding = self.backend.encode(text, add_special_tokens=False)
+        """Ids of `text`, and for each token the characters it covers: from, to. BOS and EOS, which
+        by default are not put around it, cover none."""
+        encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
         offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         return np.array(encoding.ids, np.int32), offsets
 

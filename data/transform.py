@@ -1,6 +1,7 @@
 """From a record to the pieces that are packed: tokens, and which of them are learnt."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import attrs
@@ -101,11 +102,15 @@ def tokens_of(
     clips: Sequence[Clip],
     tokenizer: Tokenizer,
     images: ImageRules | None,
+    *,
+    add_special_tokens: bool = False,
 ) -> Tokens:
-    """The tokens of a rendered conversation, in which one token stands for each of its images and
-    videos; `spans` are the parts to learn. Raises DataError where these do not fit together."""
+    """The tokens of a text, such as a rendered conversation, in which one token stands for each of
+    its images and videos; `spans` are the parts to learn. Raises DataError where these do not fit
+    together."""
+    tokenised = partial(_tokenised, tokenizer=tokenizer, add_special_tokens=add_special_tokens)
     if images is None:
-        return Tokens(*_tokenised(text, spans, tokenizer))
+        return Tokens(*tokenised(text, spans))
     pixels, grids = see(clips, images)
     if images.timestamps and images.video_token is not None:
         token, *around = (
@@ -113,15 +118,15 @@ def tokens_of(
             for i in (images.video_token, images.vision_start, images.vision_end)
         )
         text, spans = with_times(text, spans, grids, token, (around[0], around[1]))
-    made = expand(*_tokenised(text, spans, tokenizer), pixels, grids, images)
+    made = expand(*tokenised(text, spans), pixels, grids, images)
     return Tokens(made.ids, made.learn, vision=made.vision if grids else None)
 
 
 def _tokenised(
-    text: str, spans: Sequence[Span], tokenizer: Tokenizer
+    text: str, spans: Sequence[Span], *, tokenizer: Tokenizer, add_special_tokens: bool
 ) -> tuple[Int32[np.ndarray, "tokens"], Bool[np.ndarray, "tokens"]]:
     """Ids, and which of them are to be learnt."""
-    ids, offsets = tokenizer.encode_with_offsets(text)
+    ids, offsets = tokenizer.encode_with_offsets(text, add_special_tokens)
     learnt = np.zeros(len(text) + 1, np.int64)  # characters to learn before each one
     for start, stop in spans:
         learnt[start + 1 : stop + 1] = 1

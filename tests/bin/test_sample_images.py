@@ -6,8 +6,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 
 from omnistep.bin import sample
+from omnistep.bin.ask import Ask, Question
+from omnistep.bin.model import read_model
+from omnistep.core.config import ModelArguments
+from omnistep.data.tokenizer import load_tokenizer
 from tests.bin.runs import call, succeeded, words
 from tests.bin.small_vlm import PLACE, TOKENIZER, chat, inputs_of, load_theirs, save_vlm
 
@@ -117,3 +122,23 @@ def test_images_that_can_not_be_shown(model, trained, tmp_path):
     assert '"images" must be a list' in refused(model, prompt_file=path)
     more = refused(model, prompt="<image><image>?", image=model / "a.png")
     assert "more places for images" in more
+
+
+def test_the_tokenizers_own_first_token_stands_before_text_and_images_alike(model):
+    """As with transformers' processors; a rendered chat has what its template writes."""
+    tokenizer = load_tokenizer(str(model))
+    first = tokenizer.token_id("<|im_start|>")
+    tokenizer.backend.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", first)]
+    )
+    rules = sample.rules_of(read_model(ModelArguments(config_path=str(model))))
+    images, plain = (str(model / "a.png"),), Ask(tokenizer, rules, None)
+    for question in (Question("What?"), Question("What?", images)):
+        ids = list(plain.once(question).ids)
+        assert ids[0] == first
+        assert first not in ids[1:]
+    prompt = plain.once(Question("What?", images))
+    assert prompt.patches is not None
+    assert prompt.patches.units.shape == (1, len(prompt.ids))
+    chat = Ask(tokenizer, rules, sample.chat_template(tokenizer, rules))
+    assert list(chat.once(Question("What?", images)).ids)[:2] != [first, first]
