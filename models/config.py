@@ -96,7 +96,7 @@ class Tower:
     channels: int = 3
     merge: int = 1
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    """A pixel's values, 0 to 1, are taken less this and divided by `std`."""
+    """Of each channel: a pixel's values, 0 to 1, are taken less this and divided by `std`."""
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     norm: Literal["layer", "rms"] = "layer"
     norm_eps: float = 1e-6
@@ -134,6 +134,11 @@ class Tower:
     def __attrs_post_init__(self) -> None:
         if self.embed % self.heads:
             raise ValueError(f"a tower of width {self.embed} can't have {self.heads} heads")
+        if not self.channels == len(self.mean) == len(self.std):
+            raise ValueError(
+                f"pixels of {self.channels} channels can't have {len(self.mean)} means and "
+                f"{len(self.std)} deviations"
+            )
         if self.rotary and self.embed // self.heads % 4:
             raise ValueError(
                 f"rotation by row and column needs heads of a multiple of 4 elements, not "

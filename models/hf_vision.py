@@ -188,7 +188,8 @@ def _side(c: Json, key: str) -> int:
 
 def with_preprocessor(tower: Tower, raw: Json) -> Tower:
     """The tower with the pixels' mean and deviation of a `preprocessor_config.json`. Raises
-    ConfigJsonError where this is for patches of another size, or for other than 0 to 255."""
+    ConfigJsonError where this is for patches of another size, for another number of channels, or
+    for other than 0 to 255."""
     sizes = {"patch_size": tower.patch, "temporal_patch_size": tower.frames}
     sizes["merge_size"] = tower.merge
     for key, size in sizes.items():
@@ -204,8 +205,11 @@ def with_preprocessor(tower: Tower, raw: Json) -> Tower:
         )
     if not raw.get("do_normalize", True):
         return evolve(tower, mean=(0.0,) * tower.channels, std=(1.0,) * tower.channels)
-    mean = tuple(raw.get("image_mean") or tower.mean)
-    return evolve(tower, mean=mean, std=tuple(raw.get("image_std") or tower.std))
+    mean, std = raw.get("image_mean") or tower.mean, raw.get("image_std") or tower.std
+    try:
+        return evolve(tower, mean=tuple(mean), std=tuple(std))
+    except ValueError as error:
+        raise ConfigJsonError(f"preprocessor_config.json: {error}") from None
 
 
 @frozen

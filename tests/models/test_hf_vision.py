@@ -394,6 +394,8 @@ def test_preprocessor_config():
     assert (plain.mean, plain.std) == ((0.0,) * 3, (1.0,) * 3)
     with pytest.raises(ConfigJsonError, match="patch_size 16, but the model's is 14"):
         with_preprocessor(tower, {"patch_size": 16})
+    with pytest.raises(ConfigJsonError, match="3 channels can't have 1 means"):
+        with_preprocessor(tower, {"image_mean": [0.5]})
     with pytest.raises(ConfigJsonError, match=r"multiplies pixels by 1\.0"):
         with_preprocessor(tower, {"do_rescale": False})
 
