@@ -13,7 +13,7 @@ from torch import Tensor
 from omnistep.core import param, rng
 from omnistep.core.checkpoint.safetensors import open_weights
 from omnistep.core.config import Arguments, ModelArguments, TrainArguments
-from omnistep.core.config_rules import PARTS, expand_path
+from omnistep.core.config_rules import ENCODER_PATHS, PARTS, expand_path
 from omnistep.core.param import Layout, Param, is_param
 from omnistep.core.tree import Tree, leaves_with_names, map_with_name, pick
 from omnistep.models import decoder, hf
@@ -38,7 +38,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 PREPROCESSOR, VIDEO = "preprocessor_config.json", "video_preprocessor_config.json"
 PROCESSOR = "processor_config.json"
 """Holds both in what transformers 5 saves; where it does, they are read before the files above."""
-ENCODER_PATHS = ("config_path", "model_path")
 
 
 @frozen(eq=False)

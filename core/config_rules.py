@@ -43,6 +43,9 @@ NOT_YET: Mapping[str, tuple[Any, ...]] = {
 PARTS: tuple[str, ...] = ("encoder", "projector", "language_model")
 """What a model with a tower in front is made of; others are a language model alone."""
 
+ENCODER_PATHS = ("config_path", "model_path")
+"""The keys of an encoder (model.encoders) that are not of its configuration."""
+
 TEXT_KEYS: Mapping[str, Names] = {
     "plaintext": ("content_split", "text"),
     "conversation": "messages",
@@ -220,13 +223,21 @@ def _model_and_data(args: Arguments) -> Iterator[Problem]:
         if modality != "image":
             text = f"only encoders of images are available yet, not of {modality!r}"
             yield Problem(("model.encoders",), text)
-        elif not isinstance(encoder, dict) or not (set(encoder) & {"config_path", "model_path"}):
+        elif not _has_paths(encoder):
             text = (
                 "an encoder is {image: {config_path: ..., model_path: ...}}, at least one of both"
             )
             yield Problem(("model.encoders",), text)
     if args.train.eval_steps and not args.data.eval_path:
         yield Problem(("train.eval_steps", "data.eval_path"), "evaluation needs data.eval_path")
+
+
+def _has_paths(encoder: Any) -> bool:
+    """One path at least; what is null is not given."""
+    if not isinstance(encoder, dict):
+        return False
+    paths = [encoder[key] for key in ENCODER_PATHS if encoder.get(key) is not None]
+    return bool(paths) and all(isinstance(path, str) for path in paths)
 
 
 def _batch(args: Arguments, world_size: int) -> Iterator[Problem]:

@@ -194,6 +194,8 @@ def test_a_rate_of_its_own(parts, tmp_path):
     [
         ({"config_path": "nowhere"}, {}, "model.encoders.image: no model configuration at nowhere"),
         ({}, {}, "an encoder is {image: {config_path: ..., model_path: ...}}"),
+        ({"model_path": 7}, {}, "an encoder is {image: {config_path: ..., model_path: ...}}"),
+        ({"model_path": None}, {}, "an encoder is {image: {config_path: ..., model_path: ...}}"),
         (None, {"train_freeze": "vision"}, "'vision' is not one of encoder, projector, language"),
         (
             None,
