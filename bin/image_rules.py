@@ -28,6 +28,8 @@ def image_rules(model: Model, max_patches: int) -> ImageRules | None:
     tokens, family = ImageTokens.of(raw), str(raw.get("model_type"))
     vision = raw.get("vision_config") or {}
     try:
+        if images.get("do_resize") is False:
+            raise ValueError(f"do_resize false ({PREPROCESSOR}) is not built")
         return ImageRules(
             patch=tower.patch,
             max_patches=max_patches,
@@ -66,6 +68,8 @@ def _one_size(tower: Tower, images: Json) -> dict[str, int | None]:
         size = {"shortest_edge": size}
     size = size or {"height": side, "width": side}
     if "shortest_edge" in size:
+        if images.get("do_center_crop") is False:
+            raise ValueError(f"do_center_crop false ({PREPROCESSOR}) is not built")
         cut = {"height": crop, "width": crop} if isinstance(crop, int) else crop or {}
         wanted, shortest = (cut.get("height"), cut.get("width")), size["shortest_edge"]
     else:

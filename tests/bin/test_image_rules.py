@@ -81,3 +81,11 @@ def test_broken_files_are_named(tmp_path):
     (folder_with(tmp_path) / PROCESSOR).write_text("[]")
     with pytest.raises(ConfigJsonError, match=r"processor_config\.json holds a JSON list"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("step", ["do_resize", "do_center_crop"])
+def test_steps_that_are_left_out_are_refused(tmp_path, step):
+    processor = {"size": {"shortest_edge": 16}, "crop_size": 16}
+    assert image_rules(read(folder_with(tmp_path, **processor, **{step: None})), 32)
+    with pytest.raises(ConfigJsonError, match=f"{step} false .* is not built"):
+        image_rules(read(folder_with(tmp_path, **processor, **{step: False})), 32)
