@@ -26,6 +26,7 @@ from omnistep.models.hf_config import (
 )
 from omnistep.models.hf_names import Names, weight_names
 from omnistep.models.hf_vision import tower_kind, with_preprocessor
+from omnistep.models.params import part_of
 
 Json = Mapping[str, Any]
 
@@ -99,12 +100,6 @@ def read_preprocessors(args: ModelArguments) -> dict[str, Json]:
 
 
 # ---- parts ---------------------------------------------------------------------------------
-
-
-def part_of(name: str) -> str:
-    """Which of PARTS the leaf of that dotted name belongs to."""
-    first = name.partition(".")[0]
-    return first if first in PARTS else "language_model"
 
 
 def parts_of(model: Model) -> dict[str, int]:

@@ -41,7 +41,8 @@ NOT_YET: Mapping[str, tuple[Any, ...]] = {
 """Arguments not every value of which is available yet, and the values that are."""
 
 PARTS: tuple[str, ...] = ("encoder", "projector", "language_model")
-"""What a model with a tower in front is made of; others are a language model alone."""
+"""What a model with a tower in front is made of, in the order in which they run; others are a
+language model alone."""
 
 ENCODER_PATHS = ("config_path", "model_path")
 """The keys of an encoder (model.encoders) that are not of its configuration."""

@@ -7,13 +7,12 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from omnistep.core.batch import Batch, Patches, positions
+from omnistep.core.config_rules import PARTS
 from omnistep.core.param import Param, is_param
 from omnistep.core.tree import Tree, leaves_with_names
 from omnistep.models.config import Config, Tower
-from omnistep.models.params import params
+from omnistep.models.params import params, part_of
 
-PARTS: tuple[str, ...] = ("encoder", "projector", "language")
-"""In the order in which they run."""
 FIRST = ("encoder.patch", "projector.up", "projector.deepstack.up")
 """The first matrices of a tower and its projectors."""
 
@@ -46,12 +45,12 @@ def flops(cfg: Config, tree: Tree, work: Work) -> float:
     named = leaves_with_names(tree, is_leaf=is_param)
     learns = dict.fromkeys(PARTS, False)
     for name, p in named.items():
-        learns[_part(name)] |= p.learned
+        learns[part_of(name)] |= p.learned
     used = dict(zip(PARTS, (work.patches, work.units, work.tokens), strict=True))
     total = 0.0
     for name, p in named.items():
         if p.decay and not _looked_up(name, cfg):
-            number = math.prod(p.shape) * _share(p, cfg) * used[_part(name)]
+            number = math.prod(p.shape) * _share(p, cfg) * used[part_of(name)]
             total += 2 * number * (1 + p.learned + _input_learns(name, learns))
     value = cfg.latent.value if cfg.latent else cfg.head_dim
     elements = cfg.layers * cfg.heads * (cfg.head_dim + value)
@@ -62,11 +61,6 @@ def flops(cfg: Config, tree: Tree, work: Work) -> float:
     return total
 
 
-def _part(name: str) -> str:
-    first = name.partition(".")[0]
-    return first if first in PARTS else "language"
-
-
 def _looked_up(name: str, cfg: Config) -> bool:
     """Whether a matrix is a table of which rows are taken, and no factor of a product."""
     return name == "encoder.places" or (name == "embed" and not cfg.tied)
@@ -74,7 +68,7 @@ def _looked_up(name: str, cfg: Config) -> bool:
 
 def _input_learns(name: str, learns: Mapping[str, bool]) -> bool:
     """Whether what a product multiplies its weights with depends on what is learned."""
-    part = _part(name)
+    part = part_of(name)
     if name in FIRST:
         return part == "projector" and learns["encoder"]
     return any(learns[before] for before in PARTS[: PARTS.index(part) + 1])
@@ -84,7 +78,7 @@ def active(cfg: Config) -> float:
     """Weights of the language model's matrices that one token uses: of the experts those it is
     sent to."""
     named = leaves_with_names(params(cfg), is_leaf=is_param)
-    language = {name: p for name, p in named.items() if _part(name) == "language"}
+    language = {name: p for name, p in named.items() if part_of(name) == "language_model"}
     return sum(math.prod(p.shape) * _share(p, cfg) for p in language.values() if p.decay)
 
 

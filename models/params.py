@@ -2,9 +2,16 @@
 
 from attrs import frozen
 
+from omnistep.core.config_rules import PARTS
 from omnistep.core.param import Param, constant, normal
 from omnistep.core.tree import Tree
 from omnistep.models.config import Config, Experts, Latent, Tower
+
+
+def part_of(name: str) -> str:
+    """Which of PARTS the leaf of that dotted name belongs to."""
+    first = name.partition(".")[0]
+    return first if first in PARTS else "language_model"
 
 
 @frozen
