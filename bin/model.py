@@ -113,8 +113,9 @@ def parts_of(model: Model) -> dict[str, int]:
 
 
 def with_frozen(model: Model, args: TrainArguments) -> Model:
-    """The model in which the parts that train.freeze names do not learn. Raises RunError where it
-    has no such part, or nothing is left to learn."""
+    """The model in which the parts that train.freeze names do not learn: a router's bias, which no
+    gradient moves, stays too. Raises RunError where it has no such part, or nothing is left to
+    learn."""
     freeze = (args.freeze,) if isinstance(args.freeze, str) else args.freeze or ()
     parts = parts_of(model)
     given = {"freeze": freeze}
@@ -131,7 +132,10 @@ def with_frozen(model: Model, args: TrainArguments) -> Model:
     def of_part(name: str, p: Param) -> Param:
         return attrs.evolve(p, learned=False) if part_of(name) in freeze else p
 
-    return attrs.evolve(model, tree=map_with_name(of_part, model.tree, is_leaf=is_param))
+    cfg = model.cfg
+    if "language_model" in freeze and cfg.experts:
+        cfg = attrs.evolve(cfg, experts=attrs.evolve(cfg.experts, bias_rate=0.0))
+    return attrs.evolve(model, cfg=cfg, tree=map_with_name(of_part, model.tree, is_leaf=is_param))
 
 
 def lr_of(args: TrainArguments, part: str) -> float | None:
