@@ -91,6 +91,8 @@ def read_preprocessors(args: ModelArguments) -> dict[str, Json]:
     """What stands beside the config.json of what reads images: of PREPROCESSOR and VIDEO those that
     there are. Raises ConfigJsonError where a file can't be read."""
     place = _images_place(args)
+    if not place:  # else the current directory's
+        return {}
     both = read_json_beside(place, PROCESSOR) or {}
     found = {
         name: both.get(part) or read_json_beside(place, name)

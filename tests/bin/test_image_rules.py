@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor
 
 from omnistep.bin.image_rules import image_rules
-from omnistep.bin.model import PREPROCESSOR, PROCESSOR, read_model
+from omnistep.bin.model import PREPROCESSOR, PROCESSOR, read_model, read_preprocessors
 from omnistep.core.config import ModelArguments
 from omnistep.models.hf_config import ConfigJsonError
 from tests.bin.small_vlm import EMOJI
@@ -75,6 +75,13 @@ def test_a_processor_that_is_none_of_images_leaves_the_older_file(tmp_path):
     tower = read(tmp_path).cfg.tower
     assert tower is not None
     assert tower.mean == (0.9,) * 3
+
+
+def test_without_a_place_nothing_is_read(tmp_path, monkeypatch):
+    """As where a checkpoint is converted that lies without its recipe: not the current directory's
+    file, which is some other model's."""
+    monkeypatch.chdir(folder_with(tmp_path, image_mean=[0.9] * 3))
+    assert read_preprocessors(ModelArguments()) == {}
 
 
 def test_broken_files_are_named(tmp_path):
