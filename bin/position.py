@@ -162,8 +162,8 @@ def restore(
         raise RunError(
             f"the checkpoint {source.directory}/{step} holds what this run has no place for: "
             f"{', '.join(more[:8])}{', …' if len(more) > 8 else ''}. It is of another model or "
-            "optimizer: set model.config_path, train.optimizer and train.freeze as in the "
-            "recipe.yaml of its run"
+            "optimizer, or fewer parts were frozen: set model.config_path, train.optimizer and "
+            "train.freeze as in the recipe.yaml of its run"
         )
     found = source.restore(wanted, step, device=device)
     data, meters, config = (json.loads(found[name]) for name in ("data", "meters", "model"))
