@@ -114,6 +114,8 @@ def _pool(record: Record, keys: Sequence[str], video: bool) -> _Pool:
 def _message(message: Any, where: str, pools: Pools, sources: list[Source]) -> Message:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise DataError(f"{where}: expected {{role, content}}, got {short(message)}")
+    # columns of a table are there for every row: what is None is not given
+    message = {name: value for name, value in message.items() if value is not None}
     if message.get("loss_mask", 0) not in (0, 1):
         raise DataError(f"{where}: loss_mask is 0 or 1, got {short(message['loss_mask'])}")
     content = message.get("content")
@@ -128,8 +130,7 @@ def _message(message: Any, where: str, pools: Pools, sources: list[Source]) -> M
         said: Any = "".join(part["text"] for part in parts)
     else:
         said = [part for part in parts if part.get("text") != ""]
-    # columns of a table are there for every row: what is None is not given
-    return {**{k: v for k, v in message.items() if v is not None}, "content": said}
+    return {**message, "content": said}
 
 
 def _parts(part: Any, where: str, pools: Pools, sources: list[Source]) -> Iterator[dict[str, str]]:
@@ -143,9 +144,9 @@ def _parts(part: Any, where: str, pools: Pools, sources: list[Source]) -> Iterat
                 yield {"type": "video" if known[text].video else "image"}
             else:
                 yield {"type": "text", "text": text}
-    elif kind in TYPES and not pools:
-        raise _no_images(where)
-    elif kind in TYPES:
+    elif isinstance(kind, str) and kind in TYPES:
+        if not pools:
+            raise _no_images(where)
         video = TYPES[kind]
         name = "video" if video else "image"
         given = next((part[k] for k in (name, kind, *GIVEN) if part.get(k) is not None), None)

@@ -287,6 +287,10 @@ def test_a_long_conversation_keeps_its_end(tokenizer):
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "model takes none"),
         ({"messages": TALK, "images": ["a.png"]}, "here: it has images, but the model takes none"),
         ({"messages": [{"role": "user", "content": [{"type": "x"}]}]}, "text, image or video"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": ["image"]}]}]},
+            "text, image or video",
+        ),
         ({"messages": [{"role": "assistant", "content": " "}]}, "but it has no text"),
         ({"messages": TALK, "tools": [{"name": "f"}]}, "no place for tools"),
     ],
@@ -317,3 +321,15 @@ def test_parts_of_text_are_one_text(tokenizer):
         for content in ("Nay, answer me.", parts)
     )
     assert one.ids.tolist() == two.ids.tolist()
+
+
+def test_what_a_table_has_no_value_for_is_not_given(tokenizer):
+    """Its columns are there for every row, and in a list of messages for each of these."""
+    transform = Conversation(tokenizer, 100, open_template("default", tokenizer))
+    bare = [{"role": m["role"], "content": m["content"]} for m in TALK]
+    empty = [{**m, "loss_mask": None, "tool_calls": None} for m in bare]
+    (given,), (wanted,) = (transform(Record({"messages": m}, "here")) for m in (empty, bare))
+    assert given.ids.tolist() == wanted.ids.tolist()
+    assert given.learn is not None
+    assert wanted.learn is not None
+    assert given.learn.tolist() == wanted.learn.tolist()
