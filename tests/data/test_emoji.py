@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import omnistep.data.emoji_views as emoji_views
 import omnistep.data.make_emoji as make_emoji
 from omnistep.data.make_emoji import Emoji
 from omnistep.data.tokenizer import load_tokenizer
@@ -149,33 +148,3 @@ def test_its_chat_template_is_read_by_transformers():
         "<|im_start|>assistant\nA cat.<|im_end|>\n<|im_start|>assistant\n"
     )
     assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
-
-
-def test_views_are_the_same_conversations_about_changed_pictures(emoji):
-    views = emoji_views.open_views(str(EMOJI / "train.jsonl"))
-    count = len(emoji["train"])
-    assert len(views) == emoji_views.VIEWS * count
-    assert "data:image/png" in views[3]["images"][0]
-    for number in (3, 1700):
-        seen = [np.asarray(views[view * count + number]["images"][0]) for view in (1, 2, 3)]
-        again = np.asarray(views[count + number]["images"][0])
-        assert np.array_equal(seen[0], again)
-        plain = emoji["train"][number].picture
-        distances = make_emoji.difference(np.stack([plain, *seen]))[0, 1:]
-        assert 0 < distances.min() < distances.max() < 0.5
-        assert views[count + number]["messages"] == views[number]["messages"]
-
-
-def test_a_view_moves_what_is_seen_and_brings_in_white():
-    half = np.full((32, 32, 3), 255, np.uint8)
-    half[:, :8] = 0
-    random = np.random.default_rng(0)
-    sides = set()
-    for flat in (True, False):
-        for _ in range(20):
-            image = np.asarray(emoji_views.changed(Image.fromarray(half), random, flat))
-            assert image.shape == half.shape
-            ink = (255 - image.astype(np.float64)).sum((0, 2))
-            sides.add((flat, bool(ink[:16].sum() > ink[16:].sum())))
-            assert image[16, 16].min() > 250
-    assert sides == {(True, True), (False, True), (False, False)}
