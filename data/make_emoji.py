@@ -31,7 +31,11 @@ NEAR = 0.08
 LARGE_FAMILY = 12
 """What has more members is trained on: the held-out pictures are to be of many kinds."""
 HELDOUT = 0.15
-"""Of the other families' hashes, the part that is held out: about a tenth of all pictures."""
+"""Of the other families' hashes, the part that is held out: about a tenth of all pictures. And of
+the hashes of people in a skin tone."""
+TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
+PERSONS = 0.4
+"""Of the hashes of people that have skin tones, the part whose tones are taken."""
 
 VOCAB_SIZE = 1024
 EOS = "<|endoftext|>"
@@ -90,21 +94,25 @@ def read_member(archive: Path, name: str) -> bytes:
 
 
 def read_emoji(images: Path, captions: Path) -> list[Emoji]:
-    """All emoji that have a picture, without those of another skin tone; in Unicode's order."""
+    """All emoji that have a picture, each followed by itself in the skin tones (where people are
+    several, all in the same); in Unicode's order."""
     tiles = {}
     for entry in json.loads(read_member(images, "emoji.json")):
-        for code in (entry["unified"], entry["non_qualified"]):
-            tiles[code] = (entry["sheet_x"], entry["sheet_y"])
+        for drawn in (entry, *entry.get("skin_variations", {}).values()):
+            for code in (drawn["unified"], drawn["non_qualified"]):
+                tiles[code] = (drawn["sheet_x"], drawn["sheet_y"])
     file = io.BytesIO(read_member(images, "img/google/sheets-256/32.png"))
     sheet = Image.open(file).convert("RGBA")
     names = json.loads(read_member(captions, "meta/groups.json"))
     messages = json.loads(read_member(captions, "en/messages.json"))
     categories = {group["order"]: group["message"] for group in messages["groups"]}
     found = []
-    for entry in json.loads(read_member(captions, "en/data.json")):
+    entries = json.loads(read_member(captions, "en/data.json"))
+    for entry in (one for plain in entries for one in (plain, *plain.get("skins", ()))):
         # Without a group: letters of which flags are made. Components: skin tones and hair.
         category = categories.get(entry.get("group"))
-        if category in (None, "components") or entry["hexcode"] not in tiles:
+        several = sum(part in TONES for part in entry["hexcode"].split("-")) > 1
+        if category in (None, "components") or several or entry["hexcode"] not in tiles:
             continue
         found.append(
             Emoji(
@@ -138,13 +146,22 @@ _COLOURS = r"red|orange|yellow|green|blue|light blue|purple|brown|black|white|gr
 _SIZES = r"large|medium|medium-small|small"
 
 
+def toneless(code: str) -> str:
+    """The code of the same emoji without a skin tone, nor the signs that only ask for a picture."""
+    return "-".join(part for part in code.split("-") if part not in TONES | {"FE0F"})
+
+
+def tone(code: str) -> str | None:
+    return next((part for part in code.split("-") if part in TONES), None)
+
+
 def named_families(emoji: Emoji) -> set[str]:
     """Names of the families that an emoji belongs to by what it is called."""
-    parts = emoji.code.split("-")
+    parts = toneless(emoji.code).split("-")
     joined = "200D" in parts or parts[0] in _PEOPLE
     if joined:
         parts = ["person" if p in _PEOPLE else p for p in parts if p not in _NO_DIFFERENCE]
-    names = {"code " + "-".join(p for p in parts if p != "FE0F")}
+    names = {"code " + "-".join(parts)}
     if emoji.subgroup in _SERIES:
         names.add(f"series {emoji.subgroup}")
     if re.search(r"clock\b|thirty\b", emoji.caption):
@@ -202,11 +219,42 @@ def held_out(emoji: Sequence[Emoji], family: Sequence[int]) -> list[bool]:
     size = np.bincount(family, minlength=len(emoji))
 
     def chosen(number: int) -> bool:
-        digest = hashlib.sha256(emoji[number].code.encode("ascii")).digest()
-        share = int.from_bytes(digest[:8], "big") / 2**64
-        return bool(size[number] <= LARGE_FAMILY and share < HELDOUT)
+        return bool(size[number] <= LARGE_FAMILY and share(emoji[number].code) < HELDOUT)
 
     return [chosen(number) for number in family]
+
+
+def share(code: str) -> float:
+    """Where in its range the SHA-256 of a code is, 0 to 1."""
+    digest = hashlib.sha256(code.encode("ascii")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def split(emoji: Sequence[Emoji]) -> dict[str, list[Emoji]]:
+    """What each file holds, in the given order: "train", "heldout" (whole families), and
+    "heldout_tones" (people of "train" in a skin tone that "train" has of others).
+
+    Skin tones are taken of some of the people in "train" (PERSONS), and of none of those of whom
+    two pictures are the same: their tone can't be seen.
+    """
+    plain = [one for one in emoji if tone(one.code) is None]
+    apart = held_out(plain, families(plain))
+    pictures: dict[str, list[bytes]] = defaultdict(list)
+    for one in emoji:
+        pictures[toneless(one.code)].append(one.picture.tobytes())
+    people = {
+        code
+        for code in (toneless(one.code) for one, held in zip(plain, apart, strict=True) if not held)
+        if share(code) < PERSONS and len(set(pictures[code])) == len(pictures[code])
+    }
+    found = {"train": [], "heldout": [], "heldout_tones": []}
+    unseen = {one.code for one, held in zip(plain, apart, strict=True) if held}
+    for one in emoji:
+        if tone(one.code) is None:
+            found["heldout" if one.code in unseen else "train"].append(one)
+        elif toneless(one.code) in people:
+            found["heldout_tones" if share(one.code) < HELDOUT else "train"].append(one)
+    return found
 
 
 # ---- what is written -----------------------------------------------------------------------
@@ -276,19 +324,17 @@ def train_tokenizer(answers: Iterable[str]) -> Tokenizer:
 
 
 def make_emoji(images: Path, captions: Path, out: Path) -> None:
-    """Writes train.jsonl, heldout.jsonl and tokenizer/ under `out`."""
-    emoji = read_emoji(images, captions)
-    apart = held_out(emoji, families(emoji))
+    """Writes train.jsonl, heldout.jsonl, heldout_tones.jsonl and tokenizer/ under `out`."""
+    files = split(read_emoji(images, captions))
     directory = out / "tokenizer"
     directory.mkdir(parents=True, exist_ok=True)
-    for name, side in (("train", False), ("heldout", True)):
-        chosen = [one for one, held in zip(emoji, apart, strict=True) if held is side]
+    for name, chosen in files.items():
         lines = [json.dumps(record(one), ensure_ascii=False) + "\n" for one in chosen]
         (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         print(f"{name}: {len(chosen)} pictures")
     # The tokenizer sees nothing of the held-out captions.
-    seen = (answer(one) for one, held in zip(emoji, apart, strict=True) if not held)
-    train_tokenizer(seen).save(str(directory / "tokenizer.json"), pretty=False)
+    tokenizer = train_tokenizer(answer(one) for one in files["train"])
+    tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",
