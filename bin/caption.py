@@ -43,8 +43,8 @@ the assistant at its end (the caption), and tells for each way of asking
 The ways of asking:
 
   own       with the record's own images
-  other     with those of another record: of the one half the file further on. What a model can say
-            without knowing what is seen
+  other     with those of another record: of the one half the file further on, or the next after
+            it whose caption differs. What a model can say without knowing what is seen
   none      without images, and without <image> in the messages. A model that has always seen images
             was not made for this
   blind     --blind MODEL: another model, trained on the captions alone, without images. The fair
@@ -136,11 +136,18 @@ def question_of(record: Record) -> Record:
 
 
 def with_others_images(records: Sequence[Record]) -> list[Record]:
-    """Each with the images of the one half of them further on, which must be as many."""
-    half, count = len(records) // 2, len(records)
+    """Each with the images of the one half of them further on, or the next after it that has
+    another caption. They must be as many."""
     exchanged = []
     for i, record in enumerate(records):
-        other = records[(i + half) % count]
+        start = i + len(records) // 2
+        after = (records[n % len(records)] for n in range(start, start + len(records)))
+        other = next((r for r in after if caption_of(r) != caption_of(record)), None)
+        if other is None:
+            raise DataError(
+                f"{record.where}: no other caption is among the records, so no other images can be "
+                "shown in place of its own: give a file of at least two captions"
+            )
         mine, theirs = (fields_of(r).get("images") or [] for r in (record, other))
         if len(mine) != len(theirs):
             raise DataError(

@@ -34,8 +34,7 @@ HELDOUT = 0.15
 """Of the other families' hashes, the part that is held out: about a tenth of all pictures. And of
 the hashes of people in a skin tone."""
 TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
-PERSONS = 0.4
-"""Of the hashes of people that have skin tones, the part whose tones are taken."""
+"""Light to dark, as code points."""
 
 VOCAB_SIZE = 1024
 EOS = "<|endoftext|>"
@@ -234,19 +233,16 @@ def split(emoji: Sequence[Emoji]) -> dict[str, list[Emoji]]:
     """What each file holds, in the given order: "train", "heldout" (whole families), and
     "heldout_tones" (people of "train" in a skin tone that "train" has of others).
 
-    Skin tones are taken of some of the people in "train" (PERSONS), and of none of those of whom
-    two pictures are the same: their tone can't be seen.
+    Skin tones are taken of the people in "train" alone, and not of those of whom two pictures are
+    the same: their tone can't be seen.
     """
     plain = [one for one in emoji if tone(one.code) is None]
     apart = held_out(plain, families(plain))
     pictures: dict[str, list[bytes]] = defaultdict(list)
     for one in emoji:
         pictures[toneless(one.code)].append(one.picture.tobytes())
-    people = {
-        code
-        for code in (toneless(one.code) for one, held in zip(plain, apart, strict=True) if not held)
-        if share(code) < PERSONS and len(set(pictures[code])) == len(pictures[code])
-    }
+    seen = {toneless(one.code) for one, held in zip(plain, apart, strict=True) if not held}
+    people = {code for code in seen if len(set(pictures[code])) == len(pictures[code])}
     found = {"train": [], "heldout": [], "heldout_tones": []}
     unseen = {one.code for one, held in zip(plain, apart, strict=True) if held}
     for one in emoji:

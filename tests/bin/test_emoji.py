@@ -81,6 +81,16 @@ def test_what_is_right_is_counted(monkeypatch):
     assert (score.category, score.caption) == (0.75, 0.25)
 
 
+def test_others_images_are_of_another_caption():
+    captions = ["animals: cat", "animals: dog", "animals: cat", "animals: pig"]
+    rows = [
+        caption.Record({"messages": [{"content": text}], "images": [number]}, "")
+        for number, text in enumerate(captions)
+    ]
+    found = [caption.fields_of(r)["images"] for r in caption.with_others_images(rows)]
+    assert found == [[3], [3], [1], [1]]
+
+
 def test_what_can_not_be_scored_is_told(model, trained, tmp_path):
     def refused(*argv: object) -> str:
         result = call(caption.main, [str(word) for word in argv])
@@ -91,7 +101,10 @@ def test_what_can_not_be_scored_is_told(model, trained, tmp_path):
     path = tmp_path / "some.jsonl"
     path.write_text(json.dumps(row) + "\n" + json.dumps({**row, "messages": row["messages"][:1]}))
     assert "line 2: its last message is not the assistant's" in refused(model, path)
-    path.write_text(json.dumps(row) + "\n" + json.dumps({**row, "images": row["images"] * 2}))
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row))
+    assert "no other caption" in refused(model, path)
+    other = {**records()[1], "images": row["images"] * 2}
+    path.write_text(json.dumps(row) + "\n" + json.dumps(other))
     assert "as many" in refused(model, path)
     assert "takes no images" in refused(trained / "hf", EMOJI / "heldout.jsonl")
     assert "no directory" in refused(tmp_path / "nowhere", path)

@@ -3,9 +3,11 @@
 import base64
 import io
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
+import attrs
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,6 +18,7 @@ from omnistep.data.tokenizer import load_tokenizer
 
 EMOJI = Path(make_emoji.__file__).parent / "emoji"
 SIDES = ("train", "heldout")
+FILES = (*SIDES, "heldout_tones")
 
 
 def read(line: str) -> Emoji:
@@ -33,27 +36,27 @@ def read(line: str) -> Emoji:
 
 @pytest.fixture(scope="module")
 def emoji() -> dict[str, list[Emoji]]:
-    lines = {n: (EMOJI / f"{n}.jsonl").read_text(encoding="utf-8").splitlines() for n in SIDES}
+    lines = {n: (EMOJI / f"{n}.jsonl").read_text(encoding="utf-8").splitlines() for n in FILES}
     return {name: [read(line) for line in of] for name, of in lines.items()}
 
 
 def test_sizes_and_content(emoji):
-    assert (len(emoji["train"]), len(emoji["heldout"])) == (1718, 188)
+    assert [len(emoji[name]) for name in FILES] == [2923, 188, 220]
     assert {one.picture.shape for of in emoji.values() for one in of} == {(32, 32, 3)}
-    counts = {name: Counter(one.category for one in of) for name, of in emoji.items()}
+    counts = {name: Counter(one.category for one in emoji[name]) for name in SIDES}
     assert counts["train"].keys() == counts["heldout"].keys()
     assert len(counts["train"]) == 9
-    for name, count in counts.items():
-        assert max(count.values()) / len(emoji[name]) < 0.21
+    assert counts["train"].most_common(1) == [("people & body", 1556)]
+    assert counts["heldout"].most_common(1) == [("people & body", 35)]
     answers = [make_emoji.answer(one) for of in emoji.values() for one in of]
     assert len(set(answers)) == len(answers)
     readme = (EMOJI / "README.md").read_text(encoding="utf-8")
     assert "Apache License 2.0" in readme
-    assert sum(file.stat().st_size for file in EMOJI.rglob("*")) < 4_000_000
+    assert sum(file.stat().st_size for file in EMOJI.rglob("*")) < 4_500_000
 
 
 def test_records_are_made_anew_to_the_byte(emoji):
-    for name in SIDES:
+    for name in FILES:
         lines = (EMOJI / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         for line, one in list(zip(lines, emoji[name], strict=True))[::20]:
             assert json.dumps(make_emoji.record(one), ensure_ascii=False) == line
@@ -67,9 +70,33 @@ def test_nothing_held_out_has_a_near_copy_in_training(emoji):
     names = [
         {name for one in emoji[side] for name in make_emoji.named_families(one)} for side in SIDES
     ]
+    # Families are made of nothing else, so none reaches across.
     assert not names[0] & names[1]
-    family = make_emoji.families(both)
-    assert not set(family[:count]) & set(family[count:])
+
+
+def test_held_out_tones_are_of_known_people_and_the_tones_of_others(emoji):
+    train, apart = emoji["train"], emoji["heldout_tones"]
+    tones = {name: [one for one in emoji[name] if make_emoji.tone(one.code)] for name in FILES}
+    assert (len(tones["train"]), tones["heldout"], tones["heldout_tones"]) == (1205, [], apart)
+    for name in ("train", "heldout_tones"):
+        shares = [make_emoji.share(one.code) < make_emoji.HELDOUT for one in tones[name]]
+        assert set(shares) == {name == "heldout_tones"}
+    # Neither the caption nor the picture is known.
+    assert not {one.code for one in apart} & {one.code for one in train}
+    assert not {one.caption for one in apart} & {one.caption for one in train}
+    seen = {one.picture.tobytes() for of in (train, emoji["heldout"]) for one in of}
+    assert not {one.picture.tobytes() for one in apart} & seen
+    # But each part of the caption is: of the same person, and of others in the same tone.
+    for one in apart:
+        assert any(make_emoji.toneless(one.code) == make_emoji.toneless(p.code) for p in train)
+        tone = make_emoji.tone(one.code)
+        same = [other.caption for other in tones["train"] if make_emoji.tone(other.code) == tone]
+        (words,) = re.findall(r": [a-z-]+ skin tone", one.caption)
+        assert len(same) > 200
+        assert all(words in caption for caption in same)
+    # And people of the families that are held out are in no file in any tone.
+    codes = {make_emoji.toneless(one.code) for one in emoji["heldout"]}
+    assert not codes & {make_emoji.toneless(one.code) for one in [*train, *apart]}
 
 
 def test_captions_alone_are_the_same_without_pictures(emoji):
@@ -119,6 +146,31 @@ def test_large_families_are_trained_on():
     assert not any(make_emoji.held_out(emoji, [chosen] * 400))
     twelve = [chosen if i < 12 else 399 for i in range(400)]
     assert sum(make_emoji.held_out(emoji, twelve)) == 12
+
+
+def test_tones_are_taken_of_known_people_whose_pictures_all_differ():
+    noise = np.random.default_rng(0).integers(0, 256, (1200, 4, 4, 3)).astype(np.uint8)
+    people = [f"{0x1F000 + i:X}" for i in range(200)]
+    codes = [
+        "-".join((one, *tone)) for one in people for tone in [(), *zip(sorted(make_emoji.TONES))]
+    ]
+    emoji = [made(*pair) for pair in zip(codes, codes, noise, strict=True)]
+
+    def in_tones(found: dict[str, list[Emoji]], *names: str) -> list[str]:
+        of = [one.code for name in names for one in found[name] if make_emoji.tone(one.code)]
+        return [make_emoji.toneless(code) for code in of]
+
+    found = make_emoji.split(emoji)
+    apart = {one.code for one in found["heldout"]}
+    assert apart == {code for code in people if make_emoji.share(code) < make_emoji.HELDOUT}
+    taken = in_tones(found, "train", "heldout_tones")
+    assert Counter(taken) == {code: 5 for code in people if code not in apart}
+    assert 0.1 < len(in_tones(found, "heldout_tones")) / len(taken) < 0.2
+    # A tone that can't be seen: the picture is that of another tone.
+    last = codes.index(taken[0]) + 5
+    emoji[last] = attrs.evolve(emoji[last], picture=emoji[last - 1].picture)
+    left = in_tones(make_emoji.split(emoji), "train", "heldout_tones")
+    assert set(left) == set(taken) - {taken[0]}
 
 
 def test_tokenizer_is_made_from_the_training_captions_alone(emoji):
