@@ -48,9 +48,11 @@ def setting(ranks: int, mode: Remat, compute: torch.dtype = torch.float32) -> Se
 
 
 def state_bytes(s: Setting) -> int:
-    """Of weights and two moments: matrices are cut over all ranks but those of dp_replicate,
-    vectors only as tp and pp cut them. Step, count and key take 8, 8 and 16 bytes."""
-    return 3 * sum(_piece(s, p) for p in tree_leaves(decoder.params(s.cfg), param.is_param)) + 32
+    """Of weights and two moments (none of what does not learn): matrices are cut over all ranks but
+    those of dp_replicate, vectors only as tp and pp cut them. Step, count and key take 8, 8 and 16
+    bytes."""
+    leaves = tree_leaves(decoder.params(s.cfg), param.is_param)
+    return sum((3 if p.learned else 1) * _piece(s, p) for p in leaves) + 32
 
 
 def _piece(s: Setting, p: param.Param) -> int:

@@ -64,7 +64,12 @@ def values(seed: int, layout: Layout | None) -> Tree:
 def position(layout: Layout | None) -> Position:
     """Of a run after 5 steps, no two tensors of which are equal; plain tensors without a layout."""
     state = init_state(values(1, layout), optimizer(TREE), rng.key(4))
-    moments = {"mu": values(2, layout), "nu": values(3, layout), "count": torch.tensor(5)}
+    picked = optimizer(TREE).picked
+    moments = {
+        "mu": picked(values(2, layout)),
+        "nu": picked(values(3, layout)),
+        "count": torch.tensor(5),
+    }
     assert state.opt_state.keys() == moments.keys()
     state = TrainState(torch.tensor(6), state.params, moments, state.key)
     data = DataState(step=6, row=17, held=((0, 1, 2), (3, 4, 5)), made_with={"seed": 42})

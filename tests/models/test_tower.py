@@ -126,7 +126,9 @@ def eager(tower, weights, images, along):
 
 def test_compiled_once_for_every_mix_of_images(monkeypatch):
     """What dynamo and autograd trace; that inductor computes it too bin/train's tests show."""
-    compile_graph = partial(torch.compile, fullgraph=True, dynamic=False, backend="aot_eager")
+    compile_graph = partial(
+        torch.compile, fullgraph=True, dynamic=False, backend="aot_eager", isolate_recompiles=True
+    )
     monkeypatch.setattr("omnistep.models.stack.compile_graph", compile_graph)
     dtype = torch.float64
     weights = random_weights(MIXED, dtype)

@@ -29,7 +29,9 @@ def initial(model: str) -> Tree:
 @pytest.fixture
 def traced(monkeypatch):
     """Without inductor: what dynamo and autograd trace."""
-    compile_graph = partial(torch.compile, fullgraph=True, dynamic=False, backend="aot_eager")
+    compile_graph = partial(
+        torch.compile, fullgraph=True, dynamic=False, backend="aot_eager", isolate_recompiles=True
+    )
     for module in ("models.stack", "models.loss", "core.step"):
         monkeypatch.setattr(f"omnistep.{module}.compile_graph", compile_graph)
 

@@ -34,7 +34,7 @@ def make_step(
     tree = decoder.params(s.cfg)
     layout = param.make_layout(tree, mesh, s.strategy, s.compute, bucket=s.bucket)
     weights = param.initialize(tree, rng.key(0), s.weights, torch.device("cpu"), layout)
-    optimizer = optim.adamw()
+    optimizer = optim.adamw(learned=param.learned_mask(tree))
     stages = decoder.make_stages(s.cfg, layout, mode=s.mode, dispatch=s.dispatch, compile=compile)
 
     def middle(*args: Any) -> Any:
