@@ -81,11 +81,12 @@ def rope(
     cfg: Config, at: Int[Tensor, "rows seq"] | Int[Tensor, "rows seq 3"], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of each token's position, or with Config.rope_axes of its three."""
-    frequencies, factor = rope_frequencies(cfg.rope_dim, cfg.rope_theta, cfg.rope_scaling)
+    scaling = cfg.rope_scaling
+    frequencies, factor = rope_frequencies(cfg.rope_dim, cfg.rope_theta, scaling, at.device)
     if not cfg.rope_axes:
         return rope_angles(at.unsqueeze(-1), frequencies, factor, dtype)
-    axes = torch.tensor(cfg.rope_axes, device=at.device)
-    return rope_angles(at.index_select(-1, axes), frequencies, factor, dtype)
+    turned_by = torch.stack([at[..., axis] for axis in cfg.rope_axes], -1)
+    return rope_angles(turned_by, frequencies, factor, dtype)
 
 
 def rope_positions(cfg: Config, batch: Batch) -> Int[Tensor, "rows seq *three"]:

@@ -85,14 +85,16 @@ def rotary(
 
 
 def rope_frequencies(
-    head_dim: int, theta: float, scaling: Mapping[str, Any]
+    head_dim: int, theta: float, scaling: Mapping[str, Any], device: torch.device | None = None
 ) -> tuple[Tensor, float]:
-    """(inverse frequencies [head_dim//2] in fp64, factor on cos and sin).
+    """(inverse frequencies [head_dim//2] in fp64, factor on cos and sin), made on `device`: a copy
+    from the host would wait for what runs there.
 
     `scaling` is a Hugging Face rope_parameters dict; the formulas are those of
     transformers/modeling_rope_utils.py. Raises ValueError for a type that is not known.
     """
-    inverse = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    even = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device)
+    inverse = theta ** -(even / head_dim)
     kind = scaling.get("rope_type", "default")
     if kind == "default":
         return inverse, 1.0
@@ -129,7 +131,8 @@ def _yarn(
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = (torch.arange(head_dim // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)
+    index = torch.arange(head_dim // 2, dtype=inverse.dtype, device=inverse.device)
+    ramp = (index - low) / max(high - low, 1e-3)
     interpolated = ramp.clamp(0, 1)
     inverse = inverse * (1 - interpolated) + inverse / factor * interpolated
 

@@ -119,7 +119,8 @@ def patch_angles(places: Int[Tensor, "rows patches 4"], tower: Tower, dtype: tor
     """cos and sin, in fp32 or better: the first half of the frequencies turn by the row, the others
     by the column, with the same frequencies (Qwen2VLVisionRotaryEmbedding in transformers)."""
     head_dim = tower.embed // tower.heads
-    frequencies, factor = layers.rope_frequencies(head_dim // 2, tower.rope_theta, {})
+    theta, device = tower.rope_theta, places.device
+    frequencies, factor = layers.rope_frequencies(head_dim // 2, theta, {}, device)
     exact = torch.promote_types(dtype, torch.float32)
     cos, sin = layers.rope_angles(places[..., :2, None], frequencies, factor, exact)
     return cos.flatten(-2), sin.flatten(-2)
