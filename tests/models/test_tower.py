@@ -3,6 +3,7 @@
 import functools
 import multiprocessing
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -126,8 +127,9 @@ def eager(tower, weights, images, along):
 
 def test_compiled_once_for_every_mix_of_images(monkeypatch):
     """What dynamo and autograd trace; that inductor computes it too bin/train's tests show."""
+    torch_compile: Any = torch.compile
     compile_graph = partial(
-        torch.compile, fullgraph=True, dynamic=False, backend="aot_eager", isolate_recompiles=True
+        torch_compile, fullgraph=True, dynamic=False, backend="aot_eager", isolate_recompiles=True
     )
     monkeypatch.setattr("omnistep.models.stack.compile_graph", compile_graph)
     dtype = torch.float64

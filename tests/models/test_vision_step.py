@@ -3,6 +3,7 @@ what is frozen stays as it was."""
 
 import itertools
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -29,8 +30,9 @@ def initial(model: str) -> Tree:
 @pytest.fixture
 def traced(monkeypatch):
     """Without inductor: what dynamo and autograd trace."""
+    torch_compile: Any = torch.compile
     compile_graph = partial(
-        torch.compile, fullgraph=True, dynamic=False, backend="aot_eager", isolate_recompiles=True
+        torch_compile, fullgraph=True, dynamic=False, backend="aot_eager", isolate_recompiles=True
     )
     for module in ("models.stack", "models.loss", "core.step"):
         monkeypatch.setattr(f"omnistep.{module}.compile_graph", compile_graph)
