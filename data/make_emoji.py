@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
+
+from omnistep.data.make_tokenizer import save_tokenizer, train_tokenizer
 
 SIDE, BORDER = 32, 1
 """Of a picture in the sheet, in pixels; each has a border around it."""
@@ -303,44 +305,27 @@ def captions_alone(path: str) -> list[dict[str, Any]]:
     return found
 
 
-def train_tokenizer(answers: Iterable[str]) -> Tokenizer:
-    """A byte-level BPE of VOCAB_SIZE entries; the specials have ids 0 to 6."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
-    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=list(SPECIALS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+def make_tokenizer(answers: Iterable[str]) -> Tokenizer:
     prompt = ["user\n", "assistant\n", QUESTION.removeprefix("<image>")]
-    tokenizer.train_from_iterator([*prompt, *answers], trainer)
-    return tokenizer
+    return train_tokenizer([*prompt, *answers], VOCAB_SIZE, SPECIALS)
 
 
 def make_emoji(images: Path, captions: Path, out: Path) -> None:
     """Writes train.jsonl, heldout.jsonl, heldout_tones.jsonl and tokenizer/ under `out`."""
     files = split(read_emoji(images, captions))
-    directory = out / "tokenizer"
-    directory.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     for name, chosen in files.items():
         lines = [json.dumps(record(one), ensure_ascii=False) + "\n" for one in chosen]
         (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         print(f"{name}: {len(chosen)} pictures")
-    # The tokenizer sees nothing of the held-out captions.
-    tokenizer = train_tokenizer(answer(one) for one in files["train"])
-    tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|im_end|>",
-        "pad_token": EOS,
-        "additional_special_tokens": list(SPECIALS[1:]),
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
-    }
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    save_tokenizer(
+        make_tokenizer(answer(one) for one in files["train"]),  # nothing of the held-out captions
+        out / "tokenizer",
+        eos="<|im_end|>",
+        pad=EOS,
+        others=SPECIALS[1:],
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -175,7 +175,7 @@ def test_tones_are_taken_of_known_people_whose_pictures_all_differ():
 
 def test_tokenizer_is_made_from_the_training_captions_alone(emoji):
     committed = json.loads((EMOJI / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
-    made = make_emoji.train_tokenizer(make_emoji.answer(one) for one in emoji["train"])
+    made = make_emoji.make_tokenizer(make_emoji.answer(one) for one in emoji["train"])
     assert json.loads(made.to_str()) == committed
     tokenizer = load_tokenizer(EMOJI / "tokenizer")
     assert tokenizer.vocab_size == make_emoji.VOCAB_SIZE
