@@ -7,14 +7,21 @@ PYTHON ?= python3.11
 	.venv/bin/pip install -q --no-deps -e .
 	touch .venv
 
+.venv/with-tests: .venv requirements-test.txt
+	.venv/bin/pip install -q -r requirements-test.txt
+	touch .venv/with-tests
+
 quickstart: .venv
 	.venv/bin/python bin/train configs/quickstart.yaml
 
-test: .venv
-	.venv/bin/python -m pytest
+test: .venv/with-tests
+	.venv/bin/python -m pytest -n auto
 
-format: .venv
+test-fast: .venv/with-tests
+	.venv/bin/python -m pytest -n auto -m "not slow"
+
+format: .venv/with-tests
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-.PHONY: quickstart test format
+.PHONY: quickstart test test-fast format

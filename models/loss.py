@@ -13,14 +13,31 @@ from omnistep.models.linear import linear
 from omnistep.parallel.collectives import all_reduce
 from omnistep.parallel.mesh import Group
 
-CHUNK_BYTES = 16 << 20
-"""Size of the fp32 logits that exist at one time."""
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
+"""Type of device -> size of the fp32 logits that exist at one time. A CPU works fastest on what its
+cache holds; a GPU's products need thousands of rows, and each chunk reads the weight and its
+gradient once (Llama-3-8B's, 8,192 tokens, an H100: 1.23 s in chunks of 16 MiB, 0.05 of 1 GiB)."""
 
 
-def chunk_tokens(tokens: int, vocab: int) -> int:
+def chunk_tokens(tokens: int, vocab: int, device_type: str = "cpu") -> int:
     """Rows per chunk: a power of two, so that the products keep good shapes."""
-    most = max(CHUNK_BYTES // (4 * vocab), 16)
+    most = max(CHUNK_BYTES[device_type] // (4 * vocab), 16)
     return min(tokens, 1 << (most.bit_length() - 1))
+
+
+def _add_weight_gradient(
+    total: Float[Tensor, "vocab embed"] | None,
+    p: Float[Tensor, "chunk vocab"],
+    h: Float[Tensor, "chunk embed"],
+) -> Float[Tensor, "vocab embed"]:
+    """total + pᵀ h, in fp32 or better, in the buffer of `total`."""
+    if p.device.type == "cuda" and p.element_size() < 4:
+        # one kernel: no part in half precision, no cast, no pass to add it
+        if total is None:
+            return torch.mm(p.t(), h, out_dtype=torch.float32)
+        return torch.ops.aten.addmm.dtype_out(total, p.t(), h, torch.float32, out=total)
+    part = at_least_fp32(linear(p.t(), h.t()))
+    return part if total is None else total.add_(part)
 
 
 def _softmax_gradient(
@@ -53,15 +70,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         w = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=at_least_fp32(hidden[:0]).dtype, device=hidden.device)
         grads_hidden, grad_weight = [], None
-        size = chunk_tokens(hidden.shape[0], weight.shape[0])
+        size = chunk_tokens(hidden.shape[0], weight.shape[0], hidden.device.type)
         for h, y, m in zip(*(t.split(size) for t in (hidden, targets, weights)), strict=True):
             loss, p = softmax(linear(h, w), y, m, tp)
             total = total + loss
             if not need:
                 continue
             grads_hidden.append(linear(p, w.t()))
-            part = at_least_fp32(linear(p.t(), h.t()))
-            grad_weight = part if grad_weight is None else grad_weight.add_(part)
+            grad_weight = _add_weight_gradient(grad_weight, p, h)
         if need:
             ctx.save_for_backward(torch.cat(grads_hidden), grad_weight)
         ctx.weight_dtype = weight.dtype

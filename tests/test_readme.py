@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from omnistep.core.config_io import parse
 from omnistep.data.sources import read_weighted
 
@@ -15,6 +17,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_research_snippet_learns_outside_of_the_checkout(tmp_path):
     (snippet,) = blocks("python")
     done = subprocess.run(

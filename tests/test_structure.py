@@ -69,6 +69,7 @@ def test_ruff(command):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_pyright(tmp_path):
     """pyright does not follow an editable install's mapping of folders: it sees them as links."""
     (tmp_path / "omnistep").mkdir()

@@ -7,11 +7,9 @@ Products are torch's own, as on GPUs. (What core/products.py puts in their place
 the compiler scatter a layer's gradients later: the peak is up to 9 % above the formula.)
 """
 
+import contextlib
 import json
 import math
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import get_args
@@ -26,6 +24,7 @@ from omnistep.core.tree import tree_leaves
 from omnistep.models import decoder
 from omnistep.parallel.mesh import destroy_groups, make_mesh
 from omnistep.parallel.remat import Remat
+from tests.forkserver.client import ForkServer
 from tests.parallel.counting import Held, held, pretended
 from tests.parallel.hollow import Watch, visible_buffers
 from tests.parallel.paper import Setting
@@ -94,26 +93,20 @@ def peak_bytes(s: Setting, kept: int, kept_by_all: int) -> int:
     )
 
 
-def measured(ranks: int, mode: Remat) -> list[Held]:
+def measured(ranks: int, mode: Remat, server: ForkServer) -> list[Held]:
     """By each of the ranks, run on this machine."""
-    environ = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "tests.benchmarks.mesh_memory", folder, mode, str(ranks)]
-        running = [subprocess.Popen([*command, str(i)], env=environ) for i in range(ranks)]
-        try:
-            codes = [rank.wait(timeout=300) for rank in running]
-        finally:
-            for rank in running:
-                rank.kill()
-        if any(codes):
-            raise RuntimeError(f"ranks ended with {codes}; what they wrote stands above")
+        argv = [folder, mode, ranks]
+        done = server.run_ranks("tests.benchmarks.mesh_memory:run_rank", ranks, argv)
+        assert not any(rank.code for rank in done), "\n".join(rank.err for rank in done)
         texts = [(Path(folder) / f"held{i}").read_text() for i in range(ranks)]
         return [Held(**json.loads(text)) for text in texts]
 
 
-def run_rank(folder: Path, mode: Remat, ranks: int, rank: int) -> None:
-    torch.set_num_threads(1)
-    s = setting(ranks, mode)
+def run_rank(argv: list[str]) -> None:
+    """`[FOLDER, MODE, RANKS, RANK]`."""
+    folder, mode, ranks, rank = Path(argv[0]), argv[1], int(argv[2]), int(argv[3])
+    s = setting(ranks, mode)  # pyright: ignore[reportArgumentType]
     if ranks > 1:
         store = f"file://{folder}/rendezvous"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
@@ -141,7 +134,7 @@ the same and computes nothing.
 """
 
 
-def main() -> None:
+def main(server: ForkServer) -> None:
     count = param.count(decoder.params(MODEL)) / 1e6
     print(HEAD.format(count=count, layers=MODEL.layers), end="")
     kept_by_all = pretended(setting(1, "none"))[0].kept
@@ -152,15 +145,15 @@ def main() -> None:
             found = pretended(s)[0]
             numbers = [found.state, found.kept, peak_bytes(s, kept, kept_by_all), found.peak]
             if ranks <= MEASURED:
-                numbers.append(max(rank.peak for rank in measured(ranks, mode)))
+                numbers.append(max(rank.peak for rank in measured(ranks, mode, server)))
             cells = [f"{n / 1e6:.2f}" for n in numbers] + [""] * (5 - len(numbers))
             print(f"| {mode} | {ranks} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        folder, mode, ranks, rank = sys.argv[1:]
-        run_rank(Path(folder), mode, int(ranks), int(rank))  # pyright: ignore[reportArgumentType]
-    else:
-        with own_products():
-            main()
+    with (
+        own_products(),
+        tempfile.TemporaryDirectory() as name,
+        contextlib.closing(ForkServer(Path(name))) as server,
+    ):
+        main(server)

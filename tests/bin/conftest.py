@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from omnistep.bin import train
-from tests.bin.runs import Files, Zygote, call, make_files, settings, succeeded, words
+from tests.bin.runs import Files, call, make_files, settings, succeeded, words
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -28,13 +28,6 @@ def _back_to_undetermined() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return make_files(tmp_path_factory.mktemp("files"))
-
-
-@pytest.fixture(scope="session")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    zygote = Zygote(tmp_path_factory.mktemp("zygote"))
-    yield zygote
-    zygote.close()
 
 
 @pytest.fixture(scope="package")

@@ -1,4 +1,4 @@
-"""One rank of an export on four. Usage: python -m tests.bin.export_ranks FOLDER RANK SIZE
+"""One rank of an export on four: `main([FOLDER, RANK])`.
 
 Writes the same weights from every mesh of MESHES, measures, fails on one rank on purpose, and is
 killed in the end.
@@ -189,18 +189,13 @@ def be_killed(folder: Path, ranks: Ranks) -> None:
     os._exit(0)  # without a word to rank 1, for which the groups would wait
 
 
-def main(folder: Path, rank: int, size: int) -> None:
-    torch.set_num_threads(1)
+def main(argv: list[str]) -> None:
+    folder, rank = Path(argv[0]), int(argv[1])
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=4
     )
     ranks = all_ranks()
     measure(folder, ranks)
     export_from_meshes(folder, ranks)
     fail_on_one(folder, ranks)
     be_killed(folder, ranks)
-
-
-if __name__ == "__main__":
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

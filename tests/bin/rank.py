@@ -1,5 +1,6 @@
 """One rank of a job that test_launch.py starts: `python -m tests.bin.rank <case> [rank]`. It joins
-and leaves as bin/train does, and does nothing in between but what the case asks for."""
+and leaves as bin/train does, and does nothing in between but what the case asks for. `launch` is
+the job's launcher."""
 
 import os
 import signal
@@ -10,23 +11,32 @@ from pathlib import Path
 import torch
 
 from omnistep.bin.launch import fail, join, leave, read_launch
+from omnistep.bin.spawn import spawn
 from omnistep.bin.stop import RESUME_ME, Stop
 from omnistep.core.config import ConfigError
 from omnistep.parallel.collectives import all_reduce
 from omnistep.parallel.mesh import Mesh, make_mesh
 
 
-def main(case: str, chosen: int) -> int:
-    launch = read_launch(os.environ)
+def launch(argv: list[str]) -> int:
+    """`[CASE, RANK, GRACE, --nproc, N]`."""
+    case, chosen, grace, _, nproc = argv
+    command = [sys.executable, "-m", "tests.bin.rank", case, chosen]
+    return spawn(command, int(nproc), float(grace))
+
+
+def main(argv: list[str]) -> int:
+    case, chosen = argv[0], int(argv[1]) if argv[1:] else 0
+    me = read_launch(os.environ)
     try:
-        join(launch, "cpu")
-        mesh = make_mesh({"dp_shard": launch.world_size}, torch.device("cpu"))
-        with Stop(silent=launch.rank > 0) as stop:
+        join(me, "cpu")
+        mesh = make_mesh({"dp_shard": me.world_size}, torch.device("cpu"))
+        with Stop(silent=me.rank > 0) as stop:
             return leave(act(case, mesh, stop, mesh.rank == chosen))
     except ConfigError as error:
-        return fail(launch, error, expected=True)
+        return fail(me, error, expected=True)
     except Exception as error:
-        return fail(launch, error, expected=False)
+        return fail(me, error, expected=False)
 
 
 def act(case: str, mesh: Mesh, stop: Stop, is_chosen: bool) -> int:
@@ -70,4 +80,4 @@ def steps(mesh: Mesh, stop: Stop) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2]) if sys.argv[2:] else 0))
+    sys.exit(main(sys.argv[1:]))

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import subprocess
 import sys
 import time
@@ -14,10 +13,9 @@ from typing import Any
 from attrs import frozen
 
 from omnistep.core.logs import read_metrics
+from tests.forkserver.client import ENVIRONMENT, ROOT, Result
 
-ROOT = Path(__file__).parent.parent.parent
 TOKENIZER = ROOT / "data/shakespeare/tokenizer"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
 
 CONFIG = {
     "model_type": "qwen3",
@@ -59,13 +57,6 @@ def make_files(directory: Path) -> Files:
 def write_documents(path: Path, documents: list[str]) -> None:
     lines = (json.dumps({"content_split": document}) for document in documents)
     path.write_text("".join(line + "\n" for line in lines))
-
-
-@frozen
-class Result:
-    code: int
-    out: str
-    err: str
 
 
 Settings = Mapping[str, Any]
@@ -113,7 +104,8 @@ def call(main: Callable[[list[str]], int], argv: list[str]) -> Result:
 
 
 def process(program: str, argv: list[str], **options: Any) -> Result:
-    """`python -m omnistep.bin.<program>` as a user starts it."""
+    """`python -m omnistep.bin.<program>` as a user starts it: seconds of imports, which the fork
+    server saves."""
     command = [sys.executable, "-m", f"omnistep.bin.{program}", *argv]
     done = subprocess.run(
         command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, **options
@@ -150,70 +142,3 @@ def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.005)
-
-
-def start_server(module: str, home: Path, **environment: str) -> subprocess.Popen[str]:
-    """A module that reads requests and writes answers, a line each, and knows no wandb account."""
-    plain = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("WANDB")}
-    return subprocess.Popen(
-        [sys.executable, "-m", module],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=plain | {"HOME": str(home)} | environment,
-    )
-
-
-@frozen(eq=False)
-class Run:
-    """A run that was started by a Zygote."""
-
-    zygote: "Zygote"
-    pid: int
-    stdout: Path
-    stderr: Path
-
-    def kill(self, number: int) -> None:
-        os.kill(self.pid, number)
-
-    def wait(self) -> Result:
-        code = self.zygote.ask({"wait": self.pid})
-        return Result(code, self.stdout.read_text(), self.stderr.read_text())
-
-
-class Zygote:
-    """Runs as processes, without their imports; see zygote.py."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory, self._count = directory, 0
-        self._process = start_server("tests.bin.zygote", directory)
-
-    def ask(self, request: dict[str, Any]) -> int:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
-
-    def start(self, program: str, argv: list[str], stdin: Path = Path(os.devnull)) -> Run:
-        self._count += 1
-        stdout, stderr = (self._directory / f"{self._count}.{name}" for name in ("out", "err"))
-        pid = self.ask(
-            {
-                "program": program,
-                "argv": argv,
-                "stdin": str(stdin),
-                "stdout": str(stdout),
-                "stderr": str(stderr),
-            }
-        )
-        return Run(self, pid, stdout, stderr)
-
-    def run(self, program: str, argv: list[str], stdin: Path = Path(os.devnull)) -> Result:
-        return self.start(program, argv, stdin).wait()
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()

@@ -2,15 +2,15 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
 from omnistep.bin import train
 from omnistep.core.checkpoint.place import Bucket, committed
-from tests.bin.runs import ENVIRONMENT, call, losses, settings, succeeded, wait_until, words
+from tests.bin.runs import call, losses, settings, succeeded, wait_until, words
 from tests.core import buckets
+
+pytestmark = pytest.mark.slow
 
 STEPS = 24
 LONG = {"data_train_size": 10_000, "train_max_steps": STEPS, "train_save_steps": 3}
@@ -18,22 +18,18 @@ AUTO = "--train.load_checkpoint_path=auto"
 
 
 @pytest.mark.parametrize("scheme", ["gs", "s3"])
-def test_a_run_is_killed_and_goes_on_from_the_bucket(scheme, files, tmp_path, monkeypatch):
+def test_a_run_is_killed_and_goes_on_from_the_bucket(scheme, files, tmp_path, monkeypatch, server):
     undisturbed, output = tmp_path / "undisturbed", tmp_path / "run"
     succeeded(call(train.main, words(settings(files, undisturbed, **LONG))))
     with buckets.served(monkeypatch):
         url = f"{scheme}://bucket/run"
         place = Bucket(url)
         chosen = settings(files, output, **LONG, train_checkpoint_dir=url)
-        command = [sys.executable, "-m", "omnistep.bin.train", *words(chosen), AUTO]
         # of the environment of now: it says where the bucket is
-        run = subprocess.Popen(
-            command, env=ENVIRONMENT | os.environ, stdout=subprocess.DEVNULL, stderr=-1
-        )
+        run = server.start("train", [*words(chosen), AUTO], environ=os.environ)
         wait_until(lambda: len(committed(place)) >= 2)
-        run.kill()
-        run.communicate()
-        assert run.returncode == -signal.SIGKILL
+        run.kill(signal.SIGKILL)
+        assert run.wait().code == -signal.SIGKILL
         first = committed(place)[-1]
         assert first < STEPS
 

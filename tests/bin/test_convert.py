@@ -1,12 +1,9 @@
 """bin/convert: every way there and back to the bit, in bounded memory, or a clear error."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -26,19 +23,18 @@ from omnistep.core.checkpoint.weight_files import write_weights
 from omnistep.core.logs import read_metrics
 from tests.bin.runs import (
     CONFIG,
-    ENVIRONMENT,
-    ROOT,
     TOKENIZER,
     Files,
     Result,
     call,
     content,
-    process,
     settings,
     succeeded,
+    wait_until,
     words,
 )
 from tests.core import buckets
+from tests.forkserver.client import ForkServer
 
 
 def run(*argv: Any) -> Result:
@@ -402,15 +398,13 @@ def write_random(directory: Path, raw: dict[str, Any]) -> Path:
     return directory
 
 
-PEAK = """
-import sys
-from pathlib import Path
-from omnistep.bin import convert
-code = convert.main(sys.argv[1:])
-status = Path("/proc/self/status").read_text()
-print(1024 * int(status.split("VmHWM:")[1].split()[0]))
-sys.exit(code)
-"""
+def convert_and_tell_peak(argv: list[str]) -> int:
+    """bin/convert in a process of its own; prints the most memory that it held."""
+    Path("/proc/self/clear_refs").write_text("5")  # not what the forking process held
+    code = convert.main(argv)
+    status = Path("/proc/self/status").read_text()
+    print(1024 * int(status.split("VmHWM:")[1].split()[0]))
+    return code
 
 
 GIVES_BACK = {
@@ -422,12 +416,17 @@ GIVES_BACK = {
 from run to run and hides what the program holds."""
 
 
-def peak_bytes(*argv: Any) -> int:
-    command = [sys.executable, "-c", PEAK, *map(str, argv)]
-    options: dict[str, Any] = {"env": ENVIRONMENT | GIVES_BACK, "cwd": ROOT}
-    done = subprocess.run(command, capture_output=True, text=True, **options)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout.splitlines()[-1])
+@pytest.fixture(scope="module")
+def peak_bytes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., int]]:
+    """Of bin/convert with these words."""
+    server = ForkServer(tmp_path_factory.mktemp("server"), environ=GIVES_BACK)
+
+    def ask(*argv: Any) -> int:
+        done = succeeded(server.run("tests.bin.test_convert:convert_and_tell_peak", argv))
+        return int(done.out.splitlines()[-1])
+
+    yield ask
+    server.close()
 
 
 @pytest.fixture(scope="module")
@@ -441,8 +440,9 @@ def sizes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, int]:
     return small, deep, forty - ten
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(
-    sizes: tuple[Path, Path, int], foreign: tuple[Any, Path], tmp_path: Path
+    sizes: tuple[Path, Path, int], peak_bytes: Callable[..., int], tmp_path: Path
 ) -> None:
     """What more layers add to the peak, against their size: there, back, from DCP."""
     small, deep, size = sizes
@@ -472,22 +472,24 @@ def written(directory: Path) -> int:
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["hf", "checkpoint"])
-def test_a_kill_leaves_no_target(to: str, sizes: tuple[Path, Path, int], tmp_path: Path) -> None:
+def test_a_kill_leaves_no_target(
+    to: str, sizes: tuple[Path, Path, int], tmp_path: Path, server: ForkServer
+) -> None:
     _, deep, _ = sizes
     target = tmp_path / "out/target"
-    command = [sys.executable, "-m", "omnistep.bin.convert", deep, target, "--to", to]
-    child = subprocess.Popen([str(word) for word in command], env=ENVIRONMENT, cwd=ROOT)
-    while written(tmp_path) < 20e6:
-        assert child.poll() is None, "it ended too early"
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
+    argv = [deep, target, "--to", to]
+    child = server.start("convert", argv)
+    wait_until(lambda: written(tmp_path) >= 20e6)
+    child.kill(signal.SIGKILL)
+    assert child.wait().code == -signal.SIGKILL, "it ended too early"
     if to == "hf":
         assert not target.exists()
     else:
         with closing(open_store(target)) as store:
             assert store.steps() == []
-    succeeded(process("convert", [str(deep), str(target), "--to", to]))
+    succeeded(server.run("convert", argv))
     if to == "hf":
         assert [path.name for path in target.parent.iterdir()] == ["target"]
     else:

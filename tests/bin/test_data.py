@@ -13,7 +13,6 @@ from tests.bin.runs import (
     TOKENIZER,
     call,
     losses,
-    process,
     saved_steps,
     settings,
     succeeded,
@@ -71,7 +70,8 @@ def losses_of(chosen, output):
     return losses(output)
 
 
-def test_a_mix_is_counted_and_goes_on(files, chats, tmp_path):
+@pytest.mark.slow
+def test_a_mix_is_counted_and_goes_on(files, chats, tmp_path, server):
     """Plain text and conversations; stopped and gone on, on two ranks, the numbers stay."""
     write_documents(tmp_path / "text.jsonl", ["To be, or not to be"] * 40)
     mix = tmp_path / "mix.yaml"
@@ -92,14 +92,15 @@ def test_a_mix_is_counted_and_goes_on(files, chats, tmp_path):
     first = settings(files, output, **{**common, "data_train_size": 3 * 256})
     succeeded(call(train.main, words(first)))
     rest = settings(files, output, **common, train_load_checkpoint_path="auto")
-    result = succeeded(process("train", [*words(rest), "--nproc", "2"]))
+    result = succeeded(server.run("train", words(rest), ranks=2))
     assert "changed  data.train_size: 768 -> 1536" in result.out
     assert losses(output) == pytest.approx(whole, rel=1e-5)
     rows = [row for row in read_metrics(output / "metrics.jsonl") if "loss" in row]
     assert rows[-1]["samples/chats"] == last["samples/chats"]
 
 
-def test_a_compressed_stream_goes_on_on_other_ranks(files, tmp_path):
+@pytest.mark.slow
+def test_a_compressed_stream_goes_on_on_other_ranks(files, tmp_path, plain_server):
     """One rank, then two with a worker each, against one rank that was never stopped."""
     for name, part in (("a", slice(0, 90)), ("b", slice(90, 150))):
         lines = files.text.read_bytes().splitlines(keepends=True)[part]
@@ -119,7 +120,7 @@ def test_a_compressed_stream_goes_on_on_other_ranks(files, tmp_path):
     first = settings(files, output, **{**common, "data_train_size": 3 * 128})
     succeeded(call(train.main, words(first)))
     rest = settings(files, output, **common, train_load_checkpoint_path="auto", data_num_workers=1)
-    succeeded(process("train", [*words(rest), "--nproc", "2"]))
+    succeeded(plain_server.run("train", words(rest), ranks=2))
     assert losses(output) == pytest.approx(whole, rel=1e-5)
     evals = [
         {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
@@ -173,6 +174,7 @@ def test_a_custom_dataset(made, files, tmp_path, monkeypatch):
         assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_bad_records_are_skipped_and_told(files, tmp_path):
     path = tmp_path / "bad.jsonl"
     lines = files.text.read_bytes().splitlines(keepends=True)
@@ -195,7 +197,7 @@ def test_bad_records_are_skipped_and_told(files, tmp_path):
     assert rows[-1]["skipped_records"] >= 3
 
 
-def test_an_evaluation_compiles_once(files, tmp_path):
+def test_an_evaluation_compiles_once(files, tmp_path, without_inductor):
     """Of another size each time it would not: the last batch is filled up."""
     import torch._dynamo
 

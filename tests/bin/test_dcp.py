@@ -1,26 +1,23 @@
 """Runs whose checkpoints have the format of torch.distributed.checkpoint."""
 
-import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
 from omnistep.bin import train
 from omnistep.core.checkpoint.store import held_format
 from tests.bin.runs import (
-    ENVIRONMENT,
     call,
     content,
     losses,
-    process,
     saved_steps,
     settings,
     succeeded,
     wait_until,
     words,
 )
+
+pytestmark = pytest.mark.slow
 
 STEPS = 12
 DCP = {
@@ -35,27 +32,19 @@ KILLS = {1: ("3.tmp/*", "6"), 2: ("6.tmp/*",)}
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_a_killed_run_goes_on_bit_for_bit(ranks, files, tmp_path):
-    argv = [f"--nproc={ranks}"] if ranks > 1 else []
-
+def test_a_killed_run_goes_on_bit_for_bit(ranks, files, tmp_path, server):
     def command(output, **changes):
-        return [*words(settings(files, output, **DCP, **RANKS[ranks], **changes)), *argv]
+        return words(settings(files, output, **DCP, **RANKS[ranks], **changes))
 
-    succeeded(process("train", command(tmp_path / "whole")))
+    succeeded(server.run("train", command(tmp_path / "whole"), ranks=ranks))
     output = tmp_path / "run"
     again = command(output, train_load_checkpoint_path="auto")
     for pattern in KILLS[ranks]:
-        run = subprocess.Popen(
-            [sys.executable, "-m", "omnistep.bin.train", *again],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=ENVIRONMENT,
-            start_new_session=True,  # the ranks are its children: all are killed at once
-        )
+        run = server.start("train", again, ranks=ranks)
         wait_until(lambda pattern=pattern: any((output / "checkpoints").glob(pattern)))
-        os.killpg(run.pid, signal.SIGKILL)
-        run.wait()
-    done = succeeded(process("train", again))
+        run.kill(signal.SIGKILL)  # its ranks end with it
+        assert run.wait().code == -signal.SIGKILL
+    done = succeeded(server.run("train", again, ranks=ranks))
     assert "resume  step " in done.out
     assert losses(output) == losses(tmp_path / "whole")
     assert held_format(output / "checkpoints") == "dcp"

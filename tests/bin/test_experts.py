@@ -18,11 +18,11 @@ from tests.bin.runs import (
     call,
     content,
     losses,
-    process,
     settings,
     succeeded,
     words,
 )
+from tests.forkserver.client import ForkServer
 
 EXPERTS = CONFIG | {
     "model_type": "deepseek_v3",
@@ -77,12 +77,13 @@ def test_the_export_is_transformers(mixture: Path) -> None:
     assert ours.read(BIAS).abs().max() >= 0.001  # six steps have moved it
 
 
+@pytest.mark.slow
 def test_ranks_that_share_experts_train_and_export_what_one_does(
-    files: Files, tmp_path: Path
+    files: Files, tmp_path: Path, server: ForkServer
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(EXPERTS))
 
-    def export(name: str, *more: str, **changes: Any) -> Weights:
+    def export(name: str, ranks: int, **changes: Any) -> Weights:
         chosen = settings(
             files,
             tmp_path / name,
@@ -93,12 +94,12 @@ def test_ranks_that_share_experts_train_and_export_what_one_does(
             train_global_batch_size=4,
             **changes,
         )
-        succeeded(process("train", [*words(chosen), *more]))
+        succeeded(server.run("train", words(chosen), ranks=ranks))
         return open_weights(tmp_path / name / "hf")
 
-    one = export("one")
+    one = export("one", 1)
     sizes = {"train_tensor_parallel_size": 2, "train_expert_parallel_size": 2}
-    two = export("two", "--nproc=2", train_data_parallel_mode="fsdp2", **sizes)
+    two = export("two", 2, train_data_parallel_mode="fsdp2", **sizes)
     assert one.infos.keys() == two.infos.keys()
     for name in one.infos:
         a, b = one.read(name), two.read(name)

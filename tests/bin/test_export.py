@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,26 +14,18 @@ from omnistep.core import param, rng
 from omnistep.core.checkpoint.safetensors import open_weights
 from omnistep.models import hf
 from tests.bin.export_ranks import EXPERT_MESHES, EXPERTS, LIMITS, MESHES, SMALL, VISION, make_model
-from tests.bin.runs import ENVIRONMENT, ROOT, content
+from tests.bin.runs import content
+from tests.forkserver.client import ForkServer
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exports(tmp_path_factory: pytest.TempPathFactory, server: ForkServer) -> Path:
     folder = tmp_path_factory.mktemp("exports")
-    command = [sys.executable, "-m", "tests.bin.export_ranks", str(folder)]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), "4"],
-            env=ENVIRONMENT,
-            cwd=ROOT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(4)
-    ]
-    outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, -signal.SIGKILL, 0, 0], "\n".join(outputs)
+    done = server.run_ranks("tests.bin.export_ranks:main", 4, [folder])
+    codes = [rank.code for rank in done]
+    assert codes == [0, -signal.SIGKILL, 0, 0], "\n".join(rank.out + rank.err for rank in done)
     return folder
 
 

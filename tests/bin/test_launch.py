@@ -4,8 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,10 +21,11 @@ from omnistep.bin.launch import (
     slurm_port,
     take_nproc,
 )
-from omnistep.bin.spawn import Verdict, blame, rank_environment, spawn
+from omnistep.bin.spawn import GRACE, Verdict, blame, rank_environment, spawn
 from omnistep.bin.stop import ASKED, AT_ONCE, INTERRUPTED, RESUME_ME
 from omnistep.core.config import ConfigError
-from tests.bin.runs import ENVIRONMENT, ROOT, call, settings, wait_until, words
+from tests.bin.runs import call, settings, wait_until, words
+from tests.forkserver.client import ENVIRONMENT, ROOT, ForkServer, Job, Result
 
 # ---- who am I ------------------------------------------------------------------------------
 
@@ -189,16 +189,16 @@ def test_the_environment_of_a_rank():
 RANK = [sys.executable, "-m", "tests.bin.rank"]
 
 
-@pytest.fixture(autouse=True)
-def _in_the_repository(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-
-
 @pytest.fixture
-def ready(monkeypatch, tmp_path) -> Path:
-    """Each rank that has joined puts a file here, named by its process id."""
-    monkeypatch.setenv("READY", str(tmp_path))
-    return tmp_path
+def launch(plain_server: ForkServer, tmp_path: Path) -> Callable[..., Job]:
+    """Starts `case`, in which one of two ranks is chosen. Each rank that has joined puts a file
+    into tmp_path, named by its process id."""
+
+    def start(case: str, chosen: int = 0, grace: float = GRACE) -> Job:
+        argv, ready = [case, chosen, grace], {"READY": str(tmp_path)}
+        return plain_server.start("tests.bin.rank:launch", argv, ranks=2, environ=ready)
+
+    return start
 
 
 def started(ready: Path, nproc: int) -> bool:
@@ -206,6 +206,8 @@ def started(ready: Path, nproc: int) -> bool:
 
 
 def test_ranks_add_up(capfd, monkeypatch):
+    """As processes that import everything themselves."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert spawn([*RANK, "sum"], 2) == 0
     out, err = capfd.readouterr()
@@ -214,24 +216,28 @@ def test_ranks_add_up(capfd, monkeypatch):
     assert err == ""
 
 
-def test_one_rank_fails_and_the_others_wait_for_it(capfd):
-    begun = time.monotonic()
-    assert spawn([*RANK, "raise", "1"], 2) == 1
-    assert time.monotonic() - begun < 20
-    err = capfd.readouterr().err
+def failed(result: Result, code: int) -> str:
+    """What it said, without what rank 0 says when it is ended before it misses the one that failed
+    by itself."""
+    assert result.code == code
+    return result.err.removeprefix(ASKED.decode())
+
+
+def test_one_rank_fails_and_the_others_wait_for_it(launch):
+    err = failed(launch("raise", 1).wait(), 1)
     assert err.startswith("error: rank 1:\nTraceback (most recent call last):\n")
     assert err.endswith("ValueError: boom\n")
     assert err.count("Traceback") == err.count("error: ") == 1
 
 
-def test_one_rank_meets_an_expected_error(capfd):
-    assert spawn([*RANK, "expected", "1"], 2) == 2
-    assert capfd.readouterr().err == "error: rank 1: what one rank sees\n"
+def test_one_rank_meets_an_expected_error(launch):
+    err = failed(launch("expected", 1).wait(), 2)
+    assert err == "error: rank 1: what one rank sees\n"
 
 
-def test_all_ranks_meet_the_same_error(capfd):
-    assert spawn([*RANK, "all fail"], 2) == 2
-    assert capfd.readouterr().err == "error: what all ranks see\n"
+def test_all_ranks_meet_the_same_error(launch):
+    result = launch("all fail").wait()
+    assert (result.code, result.err) == (2, "error: what all ranks see\n")
 
 
 @pytest.mark.parametrize(
@@ -241,72 +247,45 @@ def test_all_ranks_meet_the_same_error(capfd):
         ("exit", 7, "the last words\nerror: rank 1 ended with exit code 7, so the others were"),
     ],
 )
-def test_a_rank_goes_without_a_word(case, code, last, capfd):
-    assert spawn([*RANK, case, "1"], 2) == code
-    err = capfd.readouterr().err
+def test_a_rank_goes_without_a_word(case, code, last, launch):
+    err = failed(launch(case, 1).wait(), code)
     assert last in err
     assert "Traceback" not in err
     assert err.count("\n") <= 3
 
 
-def test_a_rank_that_does_not_end_is_killed(capfd, ready):
-    begun = time.monotonic()
-    assert spawn([*RANK, "stuck", "1"], 2, grace=0.5) == 1
-    assert time.monotonic() - begun < 20
-    assert capfd.readouterr().err.count("Traceback") == 1
-    for pid in ready.iterdir():
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(pid.name), 0)
-
-
-def signalled(ready: Path, nproc: int, *numbers: int) -> threading.Thread:
-    """Sends the signals to this process once all ranks have joined."""
-
-    def send() -> None:
-        wait_until(lambda: started(ready, nproc))
-        for number in numbers:
-            os.kill(os.getpid(), number)
-            time.sleep(0.5)
-
-    thread = threading.Thread(target=send)
-    thread.start()
-    return thread
+def test_a_rank_that_does_not_end_is_killed(launch):
+    result = launch("stuck", 1, grace=0.5).wait()  # until no process is left
+    assert result.code == 1
+    assert result.err.count("Traceback") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_asked_to_stop_all_ranks_stop_at_the_same_step(number, capfd, ready):
-    thread = signalled(ready, 2, number)
-    assert spawn([*RANK, "stop"], 2) == RESUME_ME
-    thread.join()
-    out, err = capfd.readouterr()
-    assert out.splitlines() == ["rank 0 of 2", "the same step"]
-    assert err == ASKED.decode()
+def test_asked_to_stop_all_ranks_stop_at_the_same_step(number, launch, tmp_path):
+    job = launch("stop")
+    wait_until(lambda: started(tmp_path, 2))
+    job.kill(number)
+    result = job.wait()
+    assert result.code == RESUME_ME
+    assert result.out.splitlines() == ["rank 0 of 2", "the same step"]
+    assert result.err == ASKED.decode()
 
 
-def test_interrupted_twice_they_end_at_once(capfd, ready):
-    thread = signalled(ready, 2, signal.SIGINT, signal.SIGINT)
-    begun = time.monotonic()
-    assert spawn([*RANK, "stuck", "7"], 2) == INTERRUPTED
-    thread.join()
-    assert time.monotonic() - begun < 20
-    assert capfd.readouterr().err == (ASKED + AT_ONCE).decode()
+def test_interrupted_twice_they_end_at_once(launch, tmp_path):
+    job = launch("stuck", 7)
+    wait_until(lambda: started(tmp_path, 2))
+    job.kill(signal.SIGINT)
+    wait_until(lambda: job.stderr.read_bytes() == ASKED)
+    job.kill(signal.SIGINT)
+    result = job.wait()
+    assert (result.code, result.err) == (INTERRUPTED, (ASKED + AT_ONCE).decode())
 
 
-def test_ranks_do_not_outlive_their_launcher(ready):
-    script = f"from omnistep.bin.spawn import spawn; spawn({[*RANK, 'stuck', '7']}, 2)"
-    process = subprocess.Popen([sys.executable, "-c", script])
-    wait_until(lambda: started(ready, 2))
-    process.kill()
-    process.wait()
-    pids = [int(path.name) for path in ready.iterdir()]
-    wait_until(lambda: all(has_ended(pid) for pid in pids), 10)
-
-
-def has_ended(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except OSError:
-        return True
+def test_ranks_do_not_outlive_their_launcher(launch, tmp_path):
+    job = launch("stuck", 7)
+    wait_until(lambda: started(tmp_path, 2))
+    job.kill(signal.SIGKILL)
+    assert job.wait(20).code == -signal.SIGKILL  # None, if a process of it had to be killed
 
 
 def test_one_process_interrupted_twice_ends_at_once():

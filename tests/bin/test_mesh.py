@@ -6,7 +6,9 @@ import pytest
 
 from omnistep.core.checkpoint.safetensors import open_weights
 from omnistep.core.logs import read_metrics
-from tests.bin.runs import CONFIG, Files, losses, process, settings, succeeded, words
+from tests.bin.runs import CONFIG, Files, losses, settings, succeeded, words
+
+pytestmark = pytest.mark.slow
 
 FSDP = {"train_data_parallel_mode": "fsdp2"}
 MESHES = {
@@ -51,9 +53,9 @@ def numbers(output) -> dict[tuple[str, int], float]:
 
 
 @pytest.fixture(scope="module")
-def alone(files, common, tmp_path_factory):
+def alone(files, common, tmp_path_factory, server):
     output = tmp_path_factory.mktemp("alone") / "run"
-    succeeded(process("train", words(settings(files, output, **common))))
+    succeeded(server.run("train", words(settings(files, output, **common))))
     assert len(losses(output)) == 6
     return output
 
@@ -69,15 +71,15 @@ def assert_same_run(output, alone) -> None:
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_a_mesh_trains_as_one_rank_does(mesh, files, common, alone, tmp_path):
+def test_a_mesh_trains_as_one_rank_does(mesh, files, common, alone, tmp_path, server):
     ranks, changes = MESHES[mesh]
     argv = words(settings(files, tmp_path / "run", **common, **changes))
-    result = succeeded(process("train", [*argv, "--nproc", str(ranks)]))
+    result = succeeded(server.run("train", argv, ranks=ranks))
     assert f"{ranks} ranks" in result.out
     assert_same_run(tmp_path / "run", alone)
 
 
-def test_a_run_goes_on_on_another_mesh(files, common, alone, tmp_path):
+def test_a_run_goes_on_on_another_mesh(files, common, alone, tmp_path, server):
     """Two steps each on 4 ranks, 1 rank, 2 ranks, with other axes."""
     legs = [
         ("fsdp2 x tp", 2),
@@ -88,27 +90,27 @@ def test_a_run_goes_on_on_another_mesh(files, common, alone, tmp_path):
         ranks, changes = MESHES[mesh] if mesh else (1, {})
         size = {"data_train_size": until * 8 * 32, "train_load_checkpoint_path": "auto"}
         argv = words(settings(files, tmp_path / "run", **{**common, **changes, **size}))
-        succeeded(process("train", [*argv, "--nproc", str(ranks)]))
+        succeeded(server.run("train", argv, ranks=ranks))
     ours = {key: value for key, value in numbers(tmp_path / "run").items() if key[0] == "loss"}
     theirs = {key: value for key, value in numbers(alone).items() if key[0] == "loss"}
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-def test_weights_are_read_in_pieces(files, common, alone, tmp_path):
+def test_weights_are_read_in_pieces(files, common, alone, tmp_path, server):
     """From an export: a first loss on a mesh as on one rank."""
     start = {**common, "model_model_path": alone / "hf", "data_train_size": 8 * 32}
     one, many = tmp_path / "one", tmp_path / "many"
-    succeeded(process("train", words(settings(files, one, **start))))
+    succeeded(server.run("train", words(settings(files, one, **start))))
     argv = words(settings(files, many, **start, **MESHES["fsdp2 x tp"][1]))
-    succeeded(process("train", [*argv, "--nproc", "4"]))
+    succeeded(server.run("train", argv, ranks=4))
     assert losses(many)[1] == pytest.approx(losses(one)[1], rel=1e-6)
     assert_same_run(many, one)
 
 
-def test_a_model_that_does_not_fit_the_mesh(files, common, tmp_path):
+def test_a_model_that_does_not_fit_the_mesh(files, common, tmp_path, server):
     changes = {**common, "train_tensor_parallel_size": 4}
     argv = words(settings(files, tmp_path / "run", **changes))
-    result = process("train", [*argv, "--nproc", "4"])
+    result = server.run("train", argv, ranks=4)
     assert result.code == 1
     assert "has 2 kv_heads, which tp = 4 ranks cannot share evenly; tp may be 1, 2" in result.err
     assert result.err.count("error") == 1

@@ -24,6 +24,8 @@ from tests.bin.runs import (
     words,
 )
 
+pytestmark = pytest.mark.slow
+
 STEPS = 24
 AUTO = "--train.load_checkpoint_path=auto"
 MODES = {"packed": {"data_train_size": 10_000, "train_bsz_warmup_ratio": 0.5}, "padded": PADDED}
@@ -47,18 +49,18 @@ def uninterrupted(files, tmp_path_factory):
     [("packed", 0, 1), ("packed", 1, 2), ("padded", 0, 3), ("padded", 1, 4)],
 )
 def test_a_killed_run_goes_on_bit_for_bit(
-    mode, workers, seed, files, tmp_path, zygote, uninterrupted
+    mode, workers, seed, files, tmp_path, plain_server, uninterrupted
 ):
     """Killed at random moments; the next start gets further."""
     draw, output = random.Random(seed), tmp_path / "run"
     argv = [*words(settings(files, output, **LONG[mode], data_num_workers=workers)), AUTO]
     for goal in (draw.randrange(1, 8), draw.randrange(10, 18)):
-        run = zygote.start("train", argv)
+        run = plain_server.start("train", argv)
         wait_until(lambda goal=goal: lines(output / "metrics.jsonl") >= goal)
         time.sleep(draw.uniform(0, 0.03))
         run.kill(signal.SIGKILL)
         assert run.wait().code == -signal.SIGKILL
-    succeeded(zygote.run("train", argv))
+    succeeded(plain_server.run("train", argv))
     assert losses(output) == uninterrupted[mode]
     assert saved_steps(output)[-1] == STEPS
 
@@ -67,12 +69,12 @@ def lines(path):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def test_a_kill_during_a_save(files, tmp_path, zygote, uninterrupted):
+def test_a_kill_during_a_save(files, tmp_path, plain_server, uninterrupted):
     """Killed when a save has made its temporary directory, and when files are in it."""
     output = tmp_path / "run"
     argv = [*words(settings(files, output, **LONG["packed"])), AUTO]
     for parts in (1, 3):
-        run = zygote.start("train", argv)
+        run = plain_server.start("train", argv)
         seen = set()
 
         def changed(seen=seen, parts=parts):
@@ -82,7 +84,7 @@ def test_a_kill_during_a_save(files, tmp_path, zygote, uninterrupted):
         wait_until(changed)
         run.kill(signal.SIGKILL)
         assert run.wait().code == -signal.SIGKILL
-    succeeded(zygote.run("train", argv))
+    succeeded(plain_server.run("train", argv))
     assert losses(output) == uninterrupted["packed"]
     assert not list((output / "checkpoints").glob("*tmp*"))
 
@@ -90,11 +92,13 @@ def test_a_kill_during_a_save(files, tmp_path, zygote, uninterrupted):
 @pytest.mark.parametrize(
     ("workers", "wish"), [(0, signal.SIGTERM), (1, signal.SIGTERM), (0, signal.SIGUSR1)]
 )
-def test_sigterm_saves_and_says_how_to_go_on(workers, wish, files, tmp_path, zygote, uninterrupted):
+def test_sigterm_saves_and_says_how_to_go_on(
+    workers, wish, files, tmp_path, plain_server, uninterrupted
+):
     output = tmp_path / "run"
     changes = LONG["packed"] | {"train_save_steps": 0, "data_num_workers": workers}
     argv = words(settings(files, output, **changes))
-    run = zygote.start("train", argv)
+    run = plain_server.start("train", argv)
     wait_until(lambda: lines(output / "metrics.jsonl") >= 5)
     run.kill(wish)
     result = run.wait()
@@ -105,7 +109,7 @@ def test_sigterm_saves_and_says_how_to_go_on(workers, wish, files, tmp_path, zyg
     assert saved_steps(output) == [len(done)]
     assert f"stopped and saved at step {len(done)}; go on with" in result.out
     assert not (output / "hf").exists()
-    again = succeeded(zygote.run("train", [*argv, AUTO]))
+    again = succeeded(plain_server.run("train", [*argv, AUTO]))
     assert f"resume  step {len(done)}" in again.out
     assert losses(output) == uninterrupted["packed"]
 
@@ -209,15 +213,15 @@ def test_an_evaluation_that_a_kill_prevented_is_made_up_for(source, files, tmp_p
     assert pick(output) == pick(source)
 
 
-def test_the_worker_processes_end_with_a_killed_run(files, tmp_path, zygote):
+def test_the_worker_processes_end_with_a_killed_run(files, tmp_path, plain_server):
     output = tmp_path / "run"
     argv = words(settings(files, output, data_num_workers=1, data_train_size=10**8))
-    run = zygote.start("train", argv)
+    run = plain_server.start("train", argv)
     wait_until(lambda: lines(output / "metrics.jsonl") >= 2)
     children = [int(pid) for pid in _children(run.pid)]
     assert children
     run.kill(signal.SIGKILL)
-    run.wait()
+    assert run.wait().code == -signal.SIGKILL
     wait_until(lambda: not any(_alive(pid) for pid in children), 30)
 
 

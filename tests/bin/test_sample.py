@@ -76,6 +76,7 @@ def test_greedy_tokens_are_those_of_transformers(model, theirs, monkeypatch):
         assert [token for (token,) in drawn] == expected(theirs, prompt, 20)[0]
 
 
+@pytest.mark.slow
 def test_compiled_greedy_text_is_the_same_in_a_process(model, theirs):
     chosen = {"model_path": model, "max_tokens": 3, "do_sample": False, "prompt": PROMPTS[0]}
     result = succeeded(process("sample", words({f"infer.{k}": v for k, v in chosen.items()})))
@@ -147,11 +148,13 @@ def test_a_prompt_in_the_chat_template(model, theirs):
     assert found == expected(theirs, text, add_special_tokens=False)[1] + "\n"
 
 
-def test_an_interactive_session(model, theirs, tmp_path, zygote):
+def test_an_interactive_session(model, theirs, tmp_path, plain_server):
     stdin = tmp_path / "stdin"
     stdin.write_text("Who?\nAnd you?\nclear\nWho?\nexit\nnot read\n")
     chosen = {"model_path": model, "max_tokens": 6, "do_sample": False, "compile": False}
-    result = zygote.run("sample", words({f"infer.{k}": v for k, v in chosen.items()}), stdin)
+    result = plain_server.run(
+        "sample", words({f"infer.{k}": v for k, v in chosen.items()}), stdin=stdin
+    )
     succeeded(result)
     assert result.err == ""
     first = {"role": "user", "content": "Who?"}
@@ -163,12 +166,14 @@ def test_an_interactive_session(model, theirs, tmp_path, zygote):
     assert said[1] == f"> {answer}\n> {second}\n> > {answer}\n> "
 
 
-def test_a_session_without_a_template_continues_text(model, theirs, tmp_path, zygote):
+def test_a_session_without_a_template_continues_text(model, theirs, tmp_path, plain_server):
     own = without_template(model, tmp_path)
     stdin = tmp_path / "stdin"
     stdin.write_text("O\n")
     chosen = {"model_path": own, "max_tokens": 6, "do_sample": False, "compile": False}
-    result = zygote.run("sample", words({f"infer.{k}": v for k, v in chosen.items()}), stdin)
+    result = plain_server.run(
+        "sample", words({f"infer.{k}": v for k, v in chosen.items()}), stdin=stdin
+    )
     assert expected(theirs, "O", 6)[1] in succeeded(result).out
 
 

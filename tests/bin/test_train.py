@@ -139,6 +139,7 @@ def test_the_export_takes_a_tokenizer_file_of_any_name(trained, files, tmp_path)
     succeeded(call(sample.main, words({**answer, "infer.compile": False})))
 
 
+@pytest.mark.slow
 def test_the_whole_path_compiled_as_a_user_starts_it(files, tmp_path):
     """Packed with accumulation; eager and compiled agree."""
     common = {
@@ -173,11 +174,12 @@ def test_the_whole_path_compiled_as_a_user_starts_it(files, tmp_path):
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)  # fp32; wrong gradients are far off
 
 
-def test_wandb_without_a_key_is_recorded_offline(files, tmp_path, zygote):
+@pytest.mark.slow
+def test_wandb_without_a_key_is_recorded_offline(files, tmp_path, plain_server):
     chosen = settings(
         files, tmp_path / "run", train_use_wandb=True, train_wandb_name="tiny", data_train_size=64
     )
-    result = succeeded(zygote.run("train", words(chosen)))
+    result = succeeded(plain_server.run("train", words(chosen)))
     said = [line for line in result.out.splitlines() if line.startswith("wandb: ")]
     assert len(said) == 1
     assert "offline" in said[0]

@@ -1,4 +1,4 @@
-"""Killed in the middle of a save. Usage: checkpoint_killed.py DIRECTORY FORMAT FRACTION...
+"""Killed in the middle of a save. `main([DIRECTORY, FORMAT, FRACTION, ...])`.
 
 For each fraction a forked child saves steps 1 and 2 in DIRECTORY/<i> and is killed (SIGKILL)
 when that fraction of the time of a save has passed in its third. One process imports jax once.
@@ -6,9 +6,7 @@ when that fraction of the time of a save has passed in its third. One process im
 
 import os
 import signal
-import sys
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -38,13 +36,13 @@ def child(directory: Path, format: Format, ready: int) -> None:
     time.sleep(60)  # killed in here at the latest
 
 
-def main(directory: Path, format: Format, fractions: list[float]) -> None:
-    warnings.filterwarnings("ignore", "os.fork")
-    for index, fraction in enumerate(fractions):
+def main(argv: list[str]) -> None:
+    directory, format = Path(argv[0]), argv[1]
+    for index, fraction in enumerate(map(float, argv[2:])):
         reads, writes = os.pipe()
         pid = os.fork()
         if pid == 0:
-            child(directory / str(index), format, writes)
+            child(directory / str(index), format, writes)  # pyright: ignore[reportArgumentType]
             os._exit(1)
         with os.fdopen(reads) as ready:
             duration = float(ready.readline())
@@ -52,8 +50,3 @@ def main(directory: Path, format: Format, fractions: list[float]) -> None:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         os.close(writes)
-
-
-if __name__ == "__main__":
-    place, format, *texts = sys.argv[1:]
-    main(Path(place), format, [float(text) for text in texts])  # pyright: ignore

@@ -1,10 +1,9 @@
-"""What a save and a restore take beside the state. Usage: checkpoint_memory.py DIRECTORY FORMAT
+"""What a save and a restore take beside the state. `main([DIRECTORY, FORMAT])`.
 
 Prints MB: of the state, beyond its copy while it is written, and beyond it while it is restored.
 """
 
 import ctypes
-import sys
 from pathlib import Path
 
 import torch
@@ -25,9 +24,9 @@ def forget_peak() -> int:
     return memory("VmRSS")
 
 
-def main(directory: Path, format: Format) -> None:
-    torch.set_num_threads(1)
-    store = open_store(directory, format=format)
+def main(argv: list[str]) -> None:
+    format: Format = argv[1]  # pyright: ignore[reportAssignmentType]
+    store = open_store(Path(argv[0]), format=format)
     store.save(1, {"w": torch.ones(10)})  # starts threads, fills caches
     state = {name: torch.full((24, 1 << 20), 0.5) for name in "abcd"}
     store.save(2, state)
@@ -41,7 +40,3 @@ def main(directory: Path, format: Format) -> None:
     assert all(torch.equal(found[name], leaf) for name, leaf in state.items())
     print(size, writing, reading)
     store.close()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])  # pyright: ignore[reportArgumentType]

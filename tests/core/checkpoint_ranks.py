@@ -1,11 +1,10 @@
-"""One rank of a store on two. Usage: checkpoint_ranks.py DIRECTORY RANK SIZE [URL]
+"""One rank of a store on two. `main([DIRECTORY, [URL,] RANK])`.
 
 Saves DTensors in many placements, restores them in others, and fails on one rank on purpose: in
 DIRECTORY/<format> of each format, or in the bucket under URL.
 """
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -71,11 +70,12 @@ def texts_that_fail_while_arrays_are_written(rank: int) -> Iterator[None]:
         yield
 
 
-def main(directory: Path, rank: int, size: int, *places: str) -> None:
+def main(argv: list[str]) -> None:
+    directory, places, rank = Path(argv[0]), argv[1:-1], int(argv[-1])
     dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=size
+        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2
     )
-    mesh = init_device_mesh("cpu", (size,))
+    mesh = init_device_mesh("cpu", (2,))
     for format in get_args(Format) if not places else ():
         run(directory / format, format, mesh)
     for place in places:
@@ -130,8 +130,3 @@ def run(place: str | Path, format: Format, mesh: DeviceMesh) -> None:
     store.save(2, saved)
     assert store.latest() == 2
     store.close()
-
-
-if __name__ == "__main__":
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_ranks import whole_state
 from torch import Tensor
 
 from omnistep.core.checkpoint import CheckpointError, DamagedError, open_store
@@ -19,8 +18,8 @@ from omnistep.core.checkpoint.shards import Streamed
 from omnistep.core.checkpoint.stored import open_stored
 from tests.core import buckets
 from tests.core.buckets import Objects
-
-HERE = Path(__file__).parent
+from tests.core.checkpoint_ranks import whole_state
+from tests.forkserver.client import ForkServer
 
 
 @pytest.fixture
@@ -120,6 +119,7 @@ def test_damage_is_found_named_and_set_aside(url: str) -> None:
         assert_holds(url, step)
 
 
+@pytest.mark.slow
 def test_a_save_that_dies_at_any_moment_is_never_offered(url: str, objects: Objects) -> None:
     with contextlib.closing(open_store(url)) as store:
         store.save(1, state(1))
@@ -179,20 +179,14 @@ def test_a_place_is_tried_before_a_run_and_left_clean(url: str) -> None:
     assert Bucket(url).names() == []
 
 
-def test_two_ranks_write_at_once_and_restore_in_any_placement(url: str, tmp_path: Path) -> None:
-    def start(rank: int) -> subprocess.Popen[str]:
-        command = [sys.executable, str(HERE / "checkpoint_ranks.py")]
-        return subprocess.Popen(
-            [*command, str(tmp_path), str(rank), "2", url],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-
-    processes = [start(rank) for rank in range(2)]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+@pytest.mark.slow
+def test_two_ranks_write_at_once_and_restore_in_any_placement(
+    url: str, tmp_path: Path, plain_server: ForkServer
+) -> None:
+    done = plain_server.run_ranks(
+        "tests.core.checkpoint_ranks:main", 2, [tmp_path, url], environ=os.environ
+    )
+    assert [rank.code for rank in done] == [0, 0], "\n".join(rank.err for rank in done)
     names = Bucket(url).names()
     assert {n.split("/")[2] for n in names if "torch" in n} == {
         "ocdbt.process_torch0",
@@ -241,6 +235,7 @@ assert not slow, slow
 """
 
 
+@pytest.mark.slow
 def test_reading_imports_neither_jax_nor_orbax(url: str) -> None:
     with contextlib.closing(open_store(url)) as store:
         store.save(1, {"n": 1})

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_states import assert_same_bits, folder
 from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as some
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from omnistep.core.checkpoint import CheckpointError, CheckpointStore, open_store
 from omnistep.core.checkpoint.shards import Streamed, chunk_shape, shard_offsets
+from tests.core.checkpoint_states import assert_same_bits, folder
 
 
 @pytest.fixture
@@ -108,6 +108,7 @@ assert not slow & set(sys.modules), slow & set(sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_reading_imports_neither_jax_nor_dcp(store: CheckpointStore) -> None:
     store.save(1, {"n": 1})
     store.wait()
@@ -197,6 +198,7 @@ def test_a_leaf_whose_blocks_fail_is_not_saved(store: CheckpointStore) -> None:
     assert store.steps() == []
 
 
+@pytest.mark.slow
 def test_the_snippet_of_the_docs_opens_a_checkpoint_in_jax(store: CheckpointStore) -> None:
     weights = {"w": torch.arange(12.0).reshape(4, 3), "e": torch.ones(6, 2).bfloat16()}
     store.save(3, {"state": {"params": weights, "step": torch.tensor(3)}, "data": "{}", "n": 1})

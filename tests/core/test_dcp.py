@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from checkpoint_states import abstract_of, assert_same_bits, example_state
 from torch import Tensor
 
 from omnistep.core.checkpoint import CheckpointError, CheckpointStore, DamagedError, open_store
 from omnistep.core.checkpoint.dcp import PIECE_BYTES
 from omnistep.core.checkpoint.shards import Streamed
 from omnistep.core.tree import leaves_with_names, tree_map
+from tests.core.checkpoint_states import abstract_of, assert_same_bits, example_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -1,21 +1,26 @@
-"""What was saved on one mesh is restored on any other, up or down, to the bit."""
+"""What was saved on one mesh is restored on others, up or down, to the bit."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
+import pytest
+
+from tests.forkserver.client import ForkServer
+
+pytestmark = pytest.mark.slow
+
 MESHES, FORMATS = 13, 2
 
 
-def test_every_mesh_restores_what_every_other_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("which", "others"), [("some", 3), pytest.param("all", 12, marks=pytest.mark.exhaustive)]
+)
+def test_meshes_restore_what_others_saved(
+    which: str, others: int, tmp_path: Path, server: ForkServer
+) -> None:
     """Parameters, both moments, counts, key, data position and meters; in elastic_ranks.py."""
-    command = [sys.executable, str(ROOT / "tests/core/elastic_ranks.py"), str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = server.run("tests.core.elastic_ranks:main", [tmp_path, which])
+    assert done.code == 0, done.err
     counts = {path.name: int(path.read_text()) for path in tmp_path.glob("count*")}
     assert len(counts) == 1 + 2 + 4
     pairs = sum(count for name, count in counts.items() if name.endswith(".0"))
-    assert pairs == MESHES * (MESHES - 1) * FORMATS
+    assert pairs == MESHES * others * FORMATS

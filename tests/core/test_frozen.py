@@ -44,7 +44,10 @@ def torch_trained(groups: dict[str, float], steps: int = 3) -> dict[str, torch.T
     return {name: p.detach() for name, p in named.items()}
 
 
-@pytest.mark.parametrize("options", [{}, {"donate": False}, {"compile": True}], ids=str)
+COMPILED = pytest.param({"compile": True}, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("options", [{}, {"donate": False}, COMPILED], ids=str)
 def test_what_does_not_learn_stays_and_has_no_state(options):
     state = trained(optim.adamw(weight_decay=0.1, learned=LEARNED), **options)
     found = leaves_with_names(state.params)

@@ -11,6 +11,7 @@ from torch._inductor.utils import run_and_get_code
 from omnistep.core.compile import any_length
 from omnistep.core.optim import adamw, anyprecision_adamw
 from omnistep.core.tree import tree_leaves, tree_map
+from tests.tracing import EAGER_AND_COMPILED
 
 SHAPES = {"embed": (33, 8), "block": {"w": (3, 8, 5), "norm": (8,)}, "scale": ()}
 DECAY = {"embed": True, "block": {"w": True, "norm": False}, "scale": False}
@@ -66,7 +67,7 @@ def torch_adamw(params, grads, weight_decay: float):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", EAGER_AND_COMPILED)
 def test_adamw_equals_torch(dtype, tolerance, compiled):
     params, grads = tree(dtype, 0), [tree(dtype, 1 + step) for step in range(STEPS)]
     optimizer = adamw(weight_decay=0.1, decay_mask=DECAY)
@@ -112,7 +113,7 @@ def kahan_reference(params: Tensor, grads: list[Tensor], weight_decay: float) ->
     return p.float() + c.float()
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", EAGER_AND_COMPILED)
 def test_anyprecision_equals_its_reference(compiled):
     params = tree(torch.bfloat16, 0)
     grads = [tree(torch.bfloat16, 1 + step) for step in range(STEPS)]
@@ -130,7 +131,7 @@ def test_anyprecision_equals_its_reference(compiled):
         assert float((result - expected).norm() / expected.norm()) < 1e-3
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", EAGER_AND_COMPILED)
 def test_compensation_follows_float32_where_plain_bfloat16_stalls(compiled):
     """Small steps on large parameters: most vanish in bfloat16's 8 bits."""
     start = tree(torch.bfloat16, 0, scale=4.0)

@@ -65,6 +65,7 @@ def test_constant_holds_then_drops():
     assert values[80:] == pytest.approx([LR_MIN] * 23)
 
 
+@pytest.mark.slow
 def test_compiled_once_for_all_steps():
     schedule = make_schedule(total_steps=50, lr=LR, lr_min=LR_MIN, warmup_ratio=0.1)
     compiled = torch.compile(schedule, fullgraph=True)

@@ -8,6 +8,7 @@ from omnistep.core import optim, rng
 from omnistep.core.grad import LossOutput
 from omnistep.core.step import TrainState, init_state, make_train_step
 from omnistep.core.tree import leaves_with_names, tree_map
+from tests.tracing import EAGER_AND_COMPILED
 
 LR = 0.05
 
@@ -113,7 +114,7 @@ def test_compiled_equals_eager_and_compiles_once(accumulate):
     assert_same(compiled, eager, tolerance=1e-12)
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", EAGER_AND_COMPILED)
 def test_donation_writes_into_the_old_buffers(compile):
     params = make_params()
     before = tree_map(torch.clone, params)
@@ -126,7 +127,7 @@ def test_donation_writes_into_the_old_buffers(compile):
     torch.testing.assert_close(kept.params, state.params, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", EAGER_AND_COMPILED)
 def test_a_non_finite_norm_changes_nothing_but_the_step(compile):
     bad = make_batch(8)
     bad["x"][3, 2] = float("inf")

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import os
 import random
 import resource
 import subprocess
@@ -13,9 +12,6 @@ from typing import get_args
 
 import pytest
 import torch
-from checkpoint_killed import state_of
-from checkpoint_ranks import WRITES, whole_state
-from checkpoint_states import State, abstract_of, assert_same_bits, example_state, folder
 
 from omnistep.core.checkpoint import (
     CheckpointError,
@@ -25,8 +21,11 @@ from omnistep.core.checkpoint import (
 )
 from omnistep.core.checkpoint.store import Format
 from omnistep.core.tree import Tree, leaves_with_names
+from tests.core.checkpoint_killed import state_of
+from tests.core.checkpoint_ranks import WRITES, whole_state
+from tests.core.checkpoint_states import State, abstract_of, assert_same_bits, example_state, folder
+from tests.forkserver.client import ForkServer, Result
 
-HERE = Path(__file__).parent
 LEFT_BY_KILLED = {"orbax": "7.orbax-checkpoint-tmp/state", "dcp": "7.tmp"}
 
 
@@ -324,23 +323,14 @@ def test_no_altered_byte_anywhere_is_restored_unnoticed(
     assert_same_bits(store.restore(abstract_of(state)), state)
 
 
-def run(script: str, *arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, str(HERE / script), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=environment
-    )
-
-
+@pytest.mark.slow
 def test_a_kill_in_the_middle_of_a_save_costs_that_save_only(
-    tmp_path: Path, format: Format
+    tmp_path: Path, format: Format, server: ForkServer
 ) -> None:
     draw = random.Random(1)
     fractions = [(index + draw.random()) / 5 for index in range(5)]
-    process = run("checkpoint_killed.py", tmp_path, format, *fractions)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    done = server.run("tests.core.checkpoint_killed:main", [tmp_path, format, *fractions])
+    assert done.code == 0, done.err
     unfinished = 0
     for index in range(len(fractions)):
         place = tmp_path / str(index)
@@ -359,22 +349,26 @@ def test_a_kill_in_the_middle_of_a_save_costs_that_save_only(
     assert unfinished  # else no kill came in the middle
 
 
-def test_two_ranks_save_and_restore_in_any_placement(tmp_path: Path) -> None:
-    processes = [run("checkpoint_ranks.py", tmp_path, rank, 2) for rank in range(2)]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    assert outputs == ["", ""]  # orbax's own log of the failed save is kept quiet
+@pytest.mark.slow
+def test_two_ranks_save_and_restore_in_any_placement(
+    tmp_path: Path, plain_server: ForkServer
+) -> None:
+    done = plain_server.run_ranks("tests.core.checkpoint_ranks:main", 2, [tmp_path])
+    # and orbax's own log of the failed save is kept quiet
+    assert done == [Result(0, "", "")] * 2
     expected = {"params": whole_state(1), "plain": torch.arange(7), "data": "{}", "n": 3}
     for format in get_args(Format):  # and alone, on no mesh
         with contextlib.closing(open_store(tmp_path / format)) as store:
             assert_same_bits(store.restore(abstract_of(expected), 1), expected)
 
 
-def test_memory_beside_state_and_copy_is_bounded(tmp_path: Path, format: Format) -> None:
-    process = run("checkpoint_memory.py", tmp_path, format)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    state, writing, reading = (int(text) for text in output.split())
+@pytest.mark.slow
+def test_memory_beside_state_and_copy_is_bounded(
+    tmp_path: Path, format: Format, server: ForkServer
+) -> None:
+    done = server.run("tests.core.checkpoint_memory:main", [tmp_path, format])
+    assert done.code == 0, done.err
+    state, writing, reading = (int(text) for text in done.out.split())
     assert state == 384
     assert writing < 250  # whatever the size of the state, or of a leaf
     assert reading < 350
@@ -389,6 +383,7 @@ store.save(2, {"n": 2})
 """
 
 
+@pytest.mark.slow
 def test_a_script_may_end_without_close(store: CheckpointStore, place: Path) -> None:
     store.save(1, {"n": 1})
     store.wait()

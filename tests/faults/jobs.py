@@ -1,16 +1,13 @@
 """Jobs of bin/train that are struck: how they are started, and what they leave behind."""
 
-import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from attrs import frozen
 
-from tests.bin.runs import start_server
 from tests.faults.shim import NOTHING, Seen, Strike, build, make_control, read_control
+from tests.forkserver.client import ForkServer
 
 PATIENCE = 60.0
 """Seconds after which a job hangs. Undisturbed ones take one or two."""
@@ -29,14 +26,12 @@ class Job:
 
 
 class Server:
-    """Starts jobs, one at a time, without their imports; see server.py. `directory` holds the
-    library and the logs."""
+    """Starts jobs of bin/train, one at a time, with the shim loaded. `directory` holds the library
+    and the logs."""
 
     def __init__(self, directory: Path) -> None:
         self._directory, self._count = directory, 0
-        shim = str(build(directory))
-        self._process = start_server("tests.faults.server", directory, LD_PRELOAD=shim)
-        self._answer()
+        self._server = ForkServer(directory, environ={"LD_PRELOAD": str(build(directory))})
 
     def run(
         self,
@@ -49,33 +44,15 @@ class Server:
     ) -> Job:
         """`bin/train argv --nproc nproc`, struck at its calls on paths below `directory`."""
         self._count += 1
-        place = {n: self._directory / f"{self._count}.{n}" for n in ("control", "stdout", "stderr")}
-        trace = self._directory / f"{self._count}.trace" if traced else None
-        make_control(place["control"], directory, strike, trace)
+        control, trace = (self._directory / f"{self._count}.{n}" for n in ("control", "trace"))
+        make_control(control, directory, strike, trace if traced else None)
         began = time.monotonic()
-        files = {name: str(path) for name, path in place.items()}
-        pid = self._ask({"argv": list(argv), "nproc": nproc, **files})
-        code = self._ask({"wait": pid, "seconds": PATIENCE})
-        out, err = (place[n].read_text(errors="replace") for n in ("stdout", "stderr"))
-        seen = read_control(place["control"], trace)
-        for path in place.values():
-            os.unlink(path)
-        return Job(code, out, err, seen, time.monotonic() - began)
-
-    def _ask(self, request: dict[str, Any]) -> Any:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError("the server of jobs has ended")
-        return json.loads(line)
+        job = self._server.start("train", argv, ranks=nproc, control=control)
+        done = job.wait(PATIENCE)
+        seen = read_control(control, trace if traced else None)
+        for path in (control, job.stdout, job.stderr):
+            path.unlink()
+        return Job(done.code, done.out, done.err, seen, time.monotonic() - began)
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        self._server.close()

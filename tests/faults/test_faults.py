@@ -16,6 +16,8 @@ from tests.faults.play import Outcome, describe, play
 from tests.faults.shim import Call, Strike
 from tests.faults.truth import STEPS, World, differences, unlike
 
+pytestmark = pytest.mark.slow
+
 SEED = 5
 
 

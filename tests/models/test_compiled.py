@@ -14,9 +14,10 @@ from tests.models import test_families
 from tests.models.reference import make_batch
 from tests.models.test_decoder import reference
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
-@pytest.mark.parametrize("whole", [False, True])
+
+@pytest.mark.parametrize(("mode", "whole"), [("none", False), ("selective", True), ("full", False)])
 def test_every_gradient(mode, whole):
     """Layers of two windows, so that neither equal nor different layers may be mixed up. Compiled
     layer by layer, as bin/train does, and as one graph, as a researcher's own loss may be."""
@@ -47,3 +48,9 @@ def check(cfg: Config, mode: Remat, whole: bool) -> None:
     theirs = leaves_with_names(eager)
     for name, ours in leaves_with_names(compiled).items():
         assert (ours - theirs[name]).norm() <= 1e-10 * theirs[name].norm(), name
+
+
+@pytest.mark.parametrize(("mode", "whole"), [("none", True), ("selective", False), ("full", True)])
+def test_every_traced_gradient(mode, whole, without_inductor):
+    """The rest of the pairs: what dynamo traces and autograd makes of it."""
+    check(reference("qwen2-window", torch.float64)[1], mode, whole)

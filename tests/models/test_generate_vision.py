@@ -181,6 +181,7 @@ def test_greedy_equals_transformers(case):
     assert ours(cfg, tree, [evolve(asked[1].prompt, patches=dark)], 16) != [expected[1]]
 
 
+@pytest.mark.slow
 def test_compiled_and_without_the_tower_where_nothing_is_seen(tmp_path):
     """New tokens by compiled layers; a batch of text alone does not run the tower."""
     model, cfg, tree = make_case("qwen3_vl", tmp_path)

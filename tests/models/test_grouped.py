@@ -108,6 +108,7 @@ def test_rows_of_no_expert_are_zeros_and_give_nothing(function):
     assert_close(got, expected, 1e-10)
 
 
+@pytest.mark.slow
 def test_gradients_of_what_asks_for_them_only():
     tensors, ends, grad = inputs([4, 9, 0, 2], torch.float64)
     expected = with_gradients(swiglu_experts, tensors, ends, grad)
@@ -142,6 +143,7 @@ def test_without_gradients(function):
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_under_remat(mode):
     """`selective` runs no product a second time."""

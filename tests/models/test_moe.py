@@ -26,7 +26,8 @@ from omnistep.models.moe import SAVED_OPS, Routing, _in_rounds, route, work_on_e
 from omnistep.parallel.experts import rounds_of, sort_pairs
 from omnistep.parallel.mesh import Group, destroy_groups, make_mesh
 from omnistep.parallel.remat import remat
-from tests.models.test_ring import capturing, operators
+from tests.models.test_ring import operators
+from tests.tracing import capturing
 
 ALONE = Group()
 TOKENS, EMBED, MLP, COUNT = 24, 8, 6, 16
@@ -279,6 +280,7 @@ def test_selective_recomputation_chooses_once():
     assert operators(graphs[1]).count("grouped_linear") == 3
 
 
+@pytest.mark.slow
 def test_compiled_by_inductor():
     """The gradients of further rounds are added to those of the first in place: for each operand
     there is one buffer, and no zeros or copies."""
@@ -386,6 +388,7 @@ def run_rank(rank, size, store):
     destroy_groups()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_equal_one_rank(size, tmp_path):
     # forked from a server that has imported this module once, and started no thread

@@ -9,9 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +30,7 @@ from tests.models.test_attention import (
     random_starts,
     with_gradients,
 )
+from tests.tracing import capturing
 
 
 @pytest.fixture(autouse=True)
@@ -200,18 +199,6 @@ class Messages(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def capturing(graphs):
-    """A backend that runs the graphs as they are and keeps them: forward, backward."""
-
-    def keep(graph, _):
-        graphs.append(graph)
-        return make_boxed_func(graph.forward)
-
-    return aot_autograd(
-        fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition
-    )
-
-
 def operators(graph):
     return [
         n.target._opname for n in graph.graph.nodes if isinstance(n.target, torch._ops.OpOverload)
@@ -376,6 +363,7 @@ def run_rank(rank, size, store):
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_on_real_ranks(size, tmp_path):
     # forked from a server that has imported this module once, and started no thread

@@ -2,8 +2,6 @@
 
 import functools
 import multiprocessing
-from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -125,13 +123,8 @@ def eager(tower, weights, images, along):
     return ours(weights, images, along, run)
 
 
-def test_compiled_once_for_every_mix_of_images(monkeypatch):
-    """What dynamo and autograd trace; that inductor computes it too bin/train's tests show."""
-    torch_compile: Any = torch.compile
-    compile_graph = partial(
-        torch_compile, fullgraph=True, dynamic=False, backend="aot_eager", isolate_recompiles=True
-    )
-    monkeypatch.setattr("omnistep.models.stack.compile_graph", compile_graph)
+def test_compiled_once_for_every_mix_of_images(without_inductor):
+    """That inductor computes it too bin/train's tests show."""
     dtype = torch.float64
     weights = random_weights(MIXED, dtype)
     run = make_tower(MIXED, one_rank(params(config(MIXED)), dtype), "selective")

@@ -53,13 +53,13 @@ SINGLE_PRECISION = (
     Case("pp 2, ulysses 2", "zero3", "bias", accumulate=3, dtype="fp32"),
 )
 DENSE_COMPILED = (
-    Case("dp_replicate 2", "ddp", compile=True),
-    Case("dp_shard 2", "zero3", "llama", accumulate=3, compile=True),
-    Case("ulysses 2", "zero3", packed=False, mode="full", compile=True),
-    Case("cp 2", "zero3", "bias", compile=True),
-    Case("pp 2", "zero3", "bias", accumulate=3, compile=True),
-    Case("dp_shard 2, tp 2", "zero3", mode="selective", compile=True),
-    Case("cp 2, ulysses 2", "zero3", mode="selective", bucket=True, compile=True),
+    Case("dp_replicate 2", "ddp", run="traced"),
+    Case("dp_shard 2", "zero3", "llama", accumulate=3, run="compiled"),
+    Case("ulysses 2", "zero3", packed=False, mode="full", run="traced"),
+    Case("cp 2", "zero3", "bias", run="compiled"),
+    Case("pp 2", "zero3", "bias", accumulate=3, run="traced"),
+    Case("dp_shard 2, tp 2", "zero3", mode="selective", run="traced"),
+    Case("cp 2, ulysses 2", "zero3", mode="selective", bucket=True, run="traced"),
 )
 
 EXPERTS_WHOLE = (
@@ -130,9 +130,9 @@ EP_SINGLE_PRECISION = (
     Case("tp 2, ep 2", "ddp", "moe", packed=False, dtype="fp32", dispatch="gather"),
 )
 EP_COMPILED = (
-    Case("dp_shard 2, ep 2", "zero3", "deepseek", compile=True, dispatch="gather"),
-    Case("tp 2, ep 2", "zero3", "skewed", mode="full", compile=True, dispatch="all_to_all"),
-    Case("pp 2", "zero3", "moe", accumulate=3, compile=True),
+    Case("dp_shard 2, ep 2", "zero3", "deepseek", run="traced", dispatch="gather"),
+    Case("tp 2, ep 2", "zero3", "skewed", mode="full", run="compiled", dispatch="all_to_all"),
+    Case("pp 2", "zero3", "moe", accumulate=3, run="compiled"),
 )
 
 VISION = (
@@ -161,7 +161,7 @@ VISION = (
     Case("dp_shard 2, tp 2", "zero3", "qwen3_vl", packed=False, dtype="fp32"),
 )
 """A tower in front; of the first rows none has an image."""
-VISION_COMPILED = (Case("tp 2", "zero2", "windows", mode="selective", compile=True),)
+VISION_COMPILED = (Case("tp 2", "zero2", "windows", mode="selective", run="traced"),)
 
 COMPILED = (*DENSE_COMPILED, *EP_COMPILED, *VISION_COMPILED)
 ALL = (
@@ -172,3 +172,6 @@ ALL = (
 
 ON_EIGHT = (PRODUCTS[2], PRODUCTS[4], EP_PRODUCTS[0])
 """Of the cases on eight ranks, those that every run of the tests holds."""
+
+ON_TWO = (ALONE[6], *ALONE[9:17:2], EP_ALONE[1], VISION[5])
+"""Those that `make test-fast` holds too: an axis each."""

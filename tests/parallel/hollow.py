@@ -133,7 +133,13 @@ class Ledger(FakeTensorMode):
             for known in (group, group.for_weights())
         }
 
+    supports_higher_order_operators = True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(func, torch._ops.HigherOrderOperator):  # only in graphs that nobody lowers
+            run: Any = func.py_kernels[torch._C.DispatchKey.CompositeExplicitAutograd]
+            with self:
+                return run(*args, **(kwargs or {}))
         if getattr(func, "namespace", "") == "_c10d_functional":
             self._count(func, args)
         return self.memory.enter(super().__torch_dispatch__(func, types, args, kwargs))

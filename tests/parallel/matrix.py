@@ -4,15 +4,14 @@ The same seed, the same global batch, three steps; then every parameter and both
 gradients' running means), the losses and gradient norms; of experts how many tokens each got.
 """
 
+import contextlib
 import math
-import os
 import pickle
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -27,7 +26,9 @@ from omnistep.parallel.experts import Dispatch
 from omnistep.parallel.layout import Strategy, extent, to_local
 from omnistep.parallel.mesh import Mesh, destroy_groups, make_mesh
 from omnistep.parallel.remat import Remat
+from tests.forkserver.client import ForkServer
 from tests.parallel.batches import global_batch, my_rows
+from tests.tracing import without_inductor
 
 STEPS = 3
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -127,7 +128,8 @@ class Case:
     dtype: str = "fp64"
     mode: Remat = "none"
     bucket: bool = False
-    compile: bool = False
+    run: Literal["eager", "traced", "compiled"] = "eager"
+    """traced: through torch.compile without inductor, whose graphs run operator by operator."""
     dispatch: Dispatch | None = None
 
     @property
@@ -140,14 +142,28 @@ class Case:
         return math.prod(size for axis, size in self.mesh_sizes.items() if axis != "ep")
 
     @property
-    def reference(self) -> str:
+    def cfg(self) -> Config:
+        """The model: whole where its layers are shared by stages, else two layers of it (and those
+        without experts), which takes half the time."""
+        cfg = MODELS[self.model]
+        if "pp" in self.mesh_sizes:
+            return cfg
+        return evolve(cfg, layers=2 + len(cfg.dense_layers), windows=cfg.windows[:2])
+
+    @property
+    def kind(self) -> str:
         return f"{self.model}-{'packed' if self.packed else 'padded'}-{self.dtype}"
 
+    @property
+    def reference(self) -> str:
+        """Cases of one reference have one model and one batch."""
+        return f"{self.kind}-{self.cfg.layers}"
+
     def __str__(self) -> str:
-        parts = [self.sizes, self.strategy, self.reference, f"accumulate {self.accumulate}"]
+        parts = [self.sizes, self.strategy, self.kind, f"accumulate {self.accumulate}"]
         parts += [self.mode] * (self.mode != "none") + ["bucket"] * self.bucket
         parts += [self.dispatch] if self.dispatch else []
-        return ", ".join(parts + ["compiled"] * self.compile)
+        return ", ".join(parts + [self.run] * (self.run != "eager"))
 
 
 def optimizer(tree: Tree) -> optim.Optimizer:
@@ -167,18 +183,18 @@ class Trained:
     layout: param.Layout
 
 
-def tree_of(model: str) -> Tree:
+def tree_of(case: Case) -> Tree:
     """Of Params."""
-    learned = LEARNED.get(model, "")
+    learned = LEARNED.get(case.model, "")
     return map_with_name(
         lambda name, p: evolve(p, learned=p.learned and name.startswith(learned)),
-        decoder.params(MODELS[model]),
+        decoder.params(case.cfg),
         is_leaf=param.is_param,
     )
 
 
 def train(case: Case, mesh: Mesh) -> Trained:
-    cfg, dtype, tree = MODELS[case.model], DTYPES[case.dtype], tree_of(case.model)
+    cfg, dtype, tree = case.cfg, DTYPES[case.dtype], tree_of(case)
     layout = param.make_layout(tree, mesh, case.strategy, dtype, bucket=case.bucket)
     cpu = torch.device("cpu")
     weights = param.initialize(tree, rng.key(3), dtype, cpu, layout)
@@ -186,13 +202,13 @@ def train(case: Case, mesh: Mesh) -> Trained:
         to_local(weights["router_bias"])[:, WANTED[case.model]] = 2.0
     step = make_train_step(
         decoder.make_stages(
-            cfg, layout, mode=case.mode, dispatch=case.dispatch, compile=case.compile
+            cfg, layout, mode=case.mode, dispatch=case.dispatch, compile=case.run != "eager"
         ),
         optimizer(tree),
         lambda step: torch.full((), 1e-2),
         layout=layout,
         accumulate=case.accumulate,
-        compile=case.compile,
+        compile=case.run != "eager",
     )
     state, metrics, gradient = init_state(weights, optimizer(tree), rng.key(0)), [], {}
     for i in range(STEPS):
@@ -208,8 +224,8 @@ def train(case: Case, mesh: Mesh) -> Trained:
 
 def reference(case: Case) -> dict:
     """What one rank gives; plain tensors."""
-    alone = Case("", "ddp", case.model, case.packed, 1, case.dtype)
-    trained = train(alone, Mesh(torch.device("cpu")))
+    alone = evolve(case, strategy="ddp", accumulate=1, mode="none", bucket=False, run="eager")
+    trained = train(evolve(alone, dispatch=None), Mesh(torch.device("cpu")))
     return {"leaves": trained.leaves, "metrics": trained.metrics}
 
 
@@ -254,9 +270,9 @@ def _relative(squared_error: float, squared: float) -> float:
     return math.sqrt(squared_error / squared)
 
 
-def run_rank(rank: int, world: int, folder: Path) -> None:
-    """Writes {case: its errors} from rank 0."""
-    torch.set_num_threads(1)
+def run_rank(argv: list[str]) -> None:
+    """`[FOLDER, WORLD, RANK]`: writes {case: its errors} from rank 0."""
+    folder, world, rank = Path(argv[0]), int(argv[1]), int(argv[2])
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous{world}", rank=rank, world_size=world
     )
@@ -265,16 +281,17 @@ def run_rank(rank: int, world: int, folder: Path) -> None:
         mesh = make_mesh(case.mesh_sizes, torch.device("cpu"))
         wanted = torch.load(folder / f"{case.reference}.pt")
         begin = time.perf_counter()
-        results[str(case)] = compare(case, mesh, wanted)
+        with without_inductor() if case.run == "traced" else contextlib.nullcontext():
+            results[str(case)] = compare(case, mesh, wanted)
         results[str(case)]["seconds"] = time.perf_counter() - begin
     if rank == 0:
         torch.save(results, folder / f"results{world}.pt")
     destroy_groups()
 
 
-def run(cases: Sequence[Case]) -> dict[str, dict[str, float]]:
+def run(cases: Sequence[Case], server: ForkServer) -> dict[str, dict[str, float]]:
     """The errors of each case, with one group of processes for each number of ranks."""
-    results, environ = {}, os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    results = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for case in {case.reference: case for case in cases}.values():
@@ -282,22 +299,7 @@ def run(cases: Sequence[Case]) -> dict[str, dict[str, float]]:
         for world in sorted({case.ranks for case in cases}):
             mine = [case for case in cases if case.ranks == world]
             (folder / f"cases{world}").write_bytes(pickle.dumps(mine))
-            command = [sys.executable, "-m", "tests.parallel.matrix", name, str(world)]
-            ranks = [subprocess.Popen([*command, str(rank)], env=environ) for rank in range(world)]
-            try:
-                while any(rank.poll() is None for rank in ranks):
-                    if any(rank.poll() for rank in ranks):
-                        raise RuntimeError(f"one of {world} ranks failed; its traceback is above")
-                    time.sleep(0.1)
-            finally:
-                for rank in ranks:
-                    rank.kill()
-            assert not any(rank.wait() for rank in ranks)
+            done = server.run_ranks("tests.parallel.matrix:run_rank", world, [name, world])
+            assert not any(rank.code for rank in done), "\n".join(rank.err for rank in done)
             results |= torch.load(folder / f"results{world}.pt")
     return results
-
-
-if __name__ == "__main__":
-    from tests.parallel.matrix import run_rank as entry  # so that pickled cases find their class
-
-    entry(int(sys.argv[3]), int(sys.argv[2]), Path(sys.argv[1]))

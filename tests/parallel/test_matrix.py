@@ -4,34 +4,45 @@ and of experts how many tokens each got.
 `python -m tests.parallel.test_matrix > docs/parity.md` writes the table.
 """
 
-import functools
+import tempfile
+from pathlib import Path
 
 import pytest
 
-from tests.parallel.cases import ALL, COMPILED, ON_EIGHT
+from tests.forkserver.client import ForkServer
+from tests.parallel.cases import ALL, COMPILED, ON_EIGHT, ON_TWO
 from tests.parallel.matrix import Case, run
 
-EAGER = [case for case in ALL if not case.compile]
+EAGER = [case for case in ALL if case.run == "eager"]
 TOLERANCE = {"fp32": 1e-5, "fp64": 1e-10}
 
 
-USUAL = [case for case in EAGER if case.ranks < 8 or case in ON_EIGHT]
-MORE = [case for case in EAGER if case not in USUAL]
+FEW = [case for case in EAGER if case in ON_TWO]
+USUAL = [case for case in EAGER if (case.ranks < 8 or case in ON_EIGHT) and case not in FEW]
+MORE = [case for case in EAGER if case not in [*FEW, *USUAL]]
 
 
-@functools.cache
-def eager() -> dict[str, dict[str, float]]:
-    return run(USUAL)
+Results = dict[str, dict[str, float]]
 
 
-@functools.cache
-def more() -> dict[str, dict[str, float]]:
-    return run(MORE)
+@pytest.fixture(scope="module")
+def few(server: ForkServer) -> Results:
+    return run(FEW, server)
 
 
-@functools.cache
-def compiled() -> dict[str, dict[str, float]]:
-    return run(COMPILED)
+@pytest.fixture(scope="module")
+def eager(server: ForkServer) -> Results:
+    return run(USUAL, server)
+
+
+@pytest.fixture(scope="module")
+def more(server: ForkServer) -> Results:
+    return run(MORE, server)
+
+
+@pytest.fixture(scope="module")
+def compiled(server: ForkServer) -> Results:
+    return run(COMPILED, server)
 
 
 def assert_equal(case: Case, errors: dict[str, float]) -> None:
@@ -45,20 +56,27 @@ def assert_equal(case: Case, errors: dict[str, float]) -> None:
     assert not wrong, wrong
 
 
-@pytest.mark.parametrize("case", USUAL, ids=str)
-def test_mesh_equals_one_rank(case):
-    assert_equal(case, eager()[str(case)])
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_mesh_of_two_equals_one_rank(case, few):
+    assert_equal(case, few[str(case)])
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", USUAL, ids=str)
+def test_mesh_equals_one_rank(case, eager):
+    assert_equal(case, eager[str(case)])
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", MORE, ids=str)
-def test_mesh_of_eight_equals_one_rank(case):
-    assert_equal(case, more()[str(case)])
+def test_mesh_of_eight_equals_one_rank(case, more):
+    assert_equal(case, more[str(case)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", COMPILED, ids=str)
-def test_compiled_mesh_equals_one_rank(case):
-    assert_equal(case, compiled()[str(case)])
+def test_compiled_mesh_equals_one_rank(case, compiled):
+    assert_equal(case, compiled[str(case)])
 
 
 HEAD = """# Every mesh against one rank
@@ -92,7 +110,10 @@ without it each rank works on all experts.
 
 def main() -> None:
     print(HEAD, end="")
-    results = eager() | more() | compiled()
+    with tempfile.TemporaryDirectory() as name:
+        server = ForkServer(Path(name))
+        results = run(ALL, server)
+        server.close()
     for case in ALL:
         errors = {n: e for n, e in results[str(case)].items() if n != "seconds"}
         worst = max(errors, key=lambda name: errors[name])
@@ -104,7 +125,7 @@ def main() -> None:
             "packed" if case.packed else "padded",
             str(case.accumulate),
             case.mode,
-            "compiled" if case.compile else "eager",
+            case.run,
             f"{errors[worst]:.1e}",
             worst,
         ]

@@ -5,6 +5,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import attrs
@@ -19,6 +20,9 @@ from omnistep.parallel.traffic import Message, Traffic, counted, totals
 from tests.parallel.counting import pretended, traffic_of
 from tests.parallel.hollow import hollow_kernels
 from tests.parallel.paper import Setting, activations, minimum
+from tests.tracing import without_inductor
+
+pytestmark = pytest.mark.slow
 
 LLAMA = Config(vocab=64, embed=32, layers=4, heads=8, kv_heads=4, head_dim=4, mlp=64)
 QWEN = attrs.evolve(LLAMA, tied=True, qk_norm=True)
@@ -102,17 +106,23 @@ def traffic(setting: Setting) -> Traffic:
     return traffic_of(setting, compile=setting.size("cp") == 1)
 
 
+LOWERED = ("ZeRO-3, selective, bf16", "ep x ep_shard, all_to_all, ZeRO-3, full")
+"""What inductor makes of these is counted too: it sends what is in its graphs."""
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_what_is_sent_is_the_minimum(name):
     setting = SETTINGS[name]
-    ran, paper = traffic(setting), minimum(setting)
+    with nullcontext() if name in LOWERED else without_inductor():
+        ran, paper = traffic(setting), minimum(setting)
     assert not ran - paper, "sent, and not needed"
     assert not paper - ran, "needed, and not sent"
 
 
 def test_the_last_stage_of_a_pipeline_sends_the_minimum():
     setting = MIXTURES["ep x pp, all_to_all"]
-    assert pretended(setting, rank=2)[1] == minimum(setting, stage=1)
+    with without_inductor():
+        assert pretended(setting, rank=2)[1] == minimum(setting, stage=1)
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8, 16, 64])

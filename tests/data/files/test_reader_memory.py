@@ -79,6 +79,7 @@ def make(path, name):
     return many
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["b.jsonl", "b.json", "b.csv", "b.arrow", "b.jsonl.gz"])
 def test_memory_grows_by_less_than_64_mb(folder, name, monkeypatch):
     monkeypatch.setenv("OMNISTEP_CACHE", str(folder / "cache"))
