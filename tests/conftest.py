@@ -60,21 +60,22 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files without slow tests go first, so that most mistakes are seen early. Of the others those
     that take longest go first, so that no worker is left alone with one at the end."""
-    slow = set()
     for item in items:
         if item.get_closest_marker("exhaustive"):
             item.add_marker("slow")
-        if item.get_closest_marker("slow"):
-            slow.add(item.path)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
     longest = {Path(__file__).parent / name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: (item.path in slow, longest.get(item.path, len(LONGEST))))
 
 
 LONGEST = (
     "parallel/test_matrix.py",
-    "bin/test_mesh.py",
-    "faults/test_faults.py",
+    "parallel/test_traffic.py",
     "parallel/test_memory.py",
+    "faults/test_faults.py",
+    "models/test_compiled.py",
+    "models/test_moe.py",
+    "models/test_ring.py",
 )
 
 

@@ -17,7 +17,7 @@ LONG = {"data_train_size": 10_000, "train_max_steps": STEPS, "train_save_steps":
 AUTO = "--train.load_checkpoint_path=auto"
 
 
-@pytest.mark.parametrize("scheme", ["gs", "s3"])
+@pytest.mark.parametrize("scheme", ["gs", pytest.param("s3", marks=pytest.mark.exhaustive)])
 def test_a_run_is_killed_and_goes_on_from_the_bucket(scheme, files, tmp_path, monkeypatch, server):
     undisturbed, output = tmp_path / "undisturbed", tmp_path / "run"
     succeeded(call(train.main, words(settings(files, undisturbed, **LONG))))

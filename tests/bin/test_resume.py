@@ -46,7 +46,12 @@ def uninterrupted(files, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("mode", "workers", "seed"),
-    [("packed", 0, 1), ("packed", 1, 2), ("padded", 0, 3), ("padded", 1, 4)],
+    [
+        ("packed", 1, 2),
+        ("padded", 0, 3),
+        pytest.param("packed", 0, 1, marks=pytest.mark.exhaustive),
+        pytest.param("padded", 1, 4, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_a_killed_run_goes_on_bit_for_bit(
     mode, workers, seed, files, tmp_path, plain_server, uninterrupted

@@ -116,8 +116,7 @@ def test_images_that_can_not_be_shown(model, trained, tmp_path):
     path = tmp_path / "asked.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": "b", "images": ["nowhere.png"]}\n')
     message = refused(model, prompt_file=path)
-    assert "line 2" in message
-    assert "nowhere.png" in message
+    assert "line 2: there is no image" in message
     path.write_text('{"prompt": "b", "images": "nowhere.png"}\n')
     assert '"images" must be a list' in refused(model, prompt_file=path)
     more = refused(model, prompt="<image><image>?", image=model / "a.png")

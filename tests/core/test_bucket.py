@@ -120,6 +120,9 @@ def test_damage_is_found_named_and_set_aside(url: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "url", ["gs", pytest.param("s3", marks=pytest.mark.exhaustive)], indirect=True
+)
 def test_a_save_that_dies_at_any_moment_is_never_offered(url: str, objects: Objects) -> None:
     with contextlib.closing(open_store(url)) as store:
         store.save(1, state(1))

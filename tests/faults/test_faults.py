@@ -35,7 +35,11 @@ def test_every_fault_on_one_rank_or_two(number: int, world: World) -> None:
 
 @pytest.mark.parametrize(
     "fault",
-    ["SIGKILL of one rank at a call", "disk full on one rank", "newest checkpoint truncated"],
+    [
+        "SIGKILL of one rank at a call",
+        "newest checkpoint truncated",
+        pytest.param("disk full on one rank", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_some_faults_on_four_ranks(fault: str, world: World) -> None:
     check(world, make_case(world, SEED, list(FAULTS).index(fault), (4,)))

@@ -17,7 +17,7 @@ from tests.models.test_decoder import reference
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("mode", "whole"), [("none", False), ("selective", True), ("full", False)])
+@pytest.mark.parametrize(("mode", "whole"), [("none", False), ("selective", True)])
 def test_every_gradient(mode, whole):
     """Layers of two windows, so that neither equal nor different layers may be mixed up. Compiled
     layer by layer, as bin/train does, and as one graph, as a researcher's own loss may be."""
@@ -26,8 +26,9 @@ def test_every_gradient(mode, whole):
     check(cfg, mode, whole)
 
 
-def test_every_gradient_with_experts_and_latent_attention():
-    """Layers with experts and without, with a bias and groups."""
+def test_every_gradient_with_experts_and_latent_attention(without_inductor):
+    """Layers with experts and without, with a bias and groups. (tests/parallel/test_matrix.py
+    compiles experts by inductor, too.)"""
     _, cfg = test_families.reference("deepseek_v3", torch.float64)
     assert len(cfg.dense_layers) == 2
     check(cfg, "selective", whole=False)
@@ -50,7 +51,9 @@ def check(cfg: Config, mode: Remat, whole: bool) -> None:
         assert (ours - theirs[name]).norm() <= 1e-10 * theirs[name].norm(), name
 
 
-@pytest.mark.parametrize(("mode", "whole"), [("none", True), ("selective", False), ("full", True)])
+@pytest.mark.parametrize(
+    ("mode", "whole"), [("none", True), ("selective", False), ("full", False), ("full", True)]
+)
 def test_every_traced_gradient(mode, whole, without_inductor):
     """The rest of the pairs: what dynamo traces and autograd makes of it."""
     check(reference("qwen2-window", torch.float64)[1], mode, whole)

@@ -356,7 +356,8 @@ def run_rank(rank, size, store):
             check_case(case, group)
         for case in CASES[4], (torch.float32, 3, 24, 4, 2, 0.1, None):
             check_flash(case, group)
-        check_compiled(CASES[size - 1], group)
+        if size < 4:
+            check_compiled(CASES[size - 1], group)
         if size == 2:
             check_inductor(CASES[-1], group)
     finally:

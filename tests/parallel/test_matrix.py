@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.forkserver.client import ForkServer
-from tests.parallel.cases import ALL, COMPILED, ON_EIGHT, ON_TWO
+from tests.parallel.cases import ALL, COMPILED, ON_EIGHT, ON_TWO, STOOD_FOR
 from tests.parallel.matrix import Case, run
 
 EAGER = [case for case in ALL if case.run == "eager"]
@@ -18,8 +18,8 @@ TOLERANCE = {"fp32": 1e-5, "fp64": 1e-10}
 
 
 FEW = [case for case in EAGER if case in ON_TWO]
-USUAL = [case for case in EAGER if (case.ranks < 8 or case in ON_EIGHT) and case not in FEW]
-MORE = [case for case in EAGER if case not in [*FEW, *USUAL]]
+MORE = [case for case in EAGER if case in STOOD_FOR or (case.ranks == 8 and case not in ON_EIGHT)]
+USUAL = [case for case in EAGER if case not in [*FEW, *MORE]]
 
 
 Results = dict[str, dict[str, float]]
@@ -69,7 +69,7 @@ def test_mesh_equals_one_rank(case, eager):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("case", MORE, ids=str)
-def test_mesh_of_eight_equals_one_rank(case, more):
+def test_further_mesh_equals_one_rank(case, more):
     assert_equal(case, more[str(case)])
 
 

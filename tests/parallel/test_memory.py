@@ -121,17 +121,21 @@ def mixture(dispatch: Dispatch) -> tuple[Setting, Held, Traffic]:
         return s, *pretended(s)
 
 
-@pytest.mark.parametrize("dispatch", get_args(Dispatch))
+@pytest.mark.parametrize(
+    "dispatch", [pytest.param("gather", marks=pytest.mark.exhaustive), "all_to_all"]
+)
 def test_experts_with_every_axis(dispatch):
     s, held, traffic = mixture(dispatch)
     assert held.state == state_bytes(s)
     assert traffic == minimum(s)
 
 
+@pytest.mark.exhaustive
 def test_nothing_of_a_dispatch_is_kept_that_runs_again():
     assert mixture("gather")[1].kept == mixture("all_to_all")[1].kept
 
 
+@pytest.mark.exhaustive
 def test_weights_of_experts_are_dropped_too():
     experts = Experts(count=8, top_k=2, mlp=64)
     cfg = attrs.evolve(MODEL, embed=256, layers=2, experts=experts)
