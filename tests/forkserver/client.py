@@ -17,6 +17,7 @@ ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     "COLUMNS": "200",
     "GLOO_SOCKET_IFNAME": "lo",
+    "PYTHONFAULTHANDLER": "1",  # a crash says where
 }
 """Of every process that tests start."""
 
