@@ -73,6 +73,20 @@ def test_a_save_that_lost_its_arrays_is_not_committed(
     assert store.steps() == [1]
 
 
+def test_an_altered_name_is_no_other_leaf(store: CheckpointStore) -> None:
+    """Of two leaves of one shape, one would else be restored as the other."""
+    store.save(1, {"w": torch.ones(2), "v": torch.zeros(2)})
+    store.wait()
+    (metadata,) = folder(store).rglob("state/_METADATA")
+    held = json.loads(metadata.read_text())
+    for entry in held["tree_metadata"].values():
+        for part in entry["key_metadata"]:
+            part["key"] = {"w": "u"}.get(part["key"], part["key"])
+    metadata.write_text(json.dumps(held))
+    with pytest.raises(CheckpointError, match="the names of its leaves are altered"):
+        store.restore(store.stored(1))
+
+
 def test_an_altered_text_is_named(store: CheckpointStore) -> None:
     store.save(1, {"position": json.dumps({"sample": 1234}), "w": torch.ones(2)})
     store.wait()

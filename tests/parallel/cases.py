@@ -177,5 +177,5 @@ STOOD_FOR += (SKEWED[1], SKEWED[3], SKEWED[4])
 """Of the others, those whose axes other models with a tower, or with skewed experts, meet: left to
 `-m exhaustive`."""
 
-ON_TWO = (ALONE[6], *ALONE[9:17:2], EP_ALONE[1], VISION[5])
+ON_TWO = (ALONE[6], *ALONE[11:17:2], EXPERTS_WHOLE[5], EP_ALONE[1], VISION[5])
 """Those that `make test-fast` holds too: an axis each."""
