@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported, and by the first process of the run: its workers inherit it.
-CHOSEN = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-os.environ.update({name: os.environ.get(name, value) for name, value in CHOSEN.items()})
-OWN_CACHE: tempfile.TemporaryDirectory | None = None
+for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+    os.environ.setdefault(name, "1")
 if "OMNISTEP_TESTS_CACHE" not in os.environ:
     # compiled code of an earlier run could hide what a change has broken
     OWN_CACHE = tempfile.TemporaryDirectory(prefix="omnistep-tests-")

@@ -164,8 +164,9 @@ def run(function: Callable[[], Any]) -> NoReturn:
     os._exit(code)
 
 
-def end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(END_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
+def end_with_parent(number: int = signal.SIGKILL) -> None:
+    """0: not any more."""
+    ctypes.CDLL(None).prctl(END_WITH_PARENT, number, 0, 0, 0)
 
 
 # ---- ranks ---------------------------------------------------------------------------------
@@ -218,6 +219,7 @@ def fork_rank(rank: int, control: str | None) -> Rank:
         told = json.loads(pipe.readline() or "null")
     if told is None or os.getppid() != launcher:
         os._exit(1)
+    end_with_parent(0)  # from here on the rank itself must see to it
     os.environ.clear()
     os.environ.update(told["environ"])
     if told["error"] is not None:
