@@ -14,6 +14,7 @@ from omnistep.core.checkpoint.ranks import Ranks
 from omnistep.core.checkpoint.weight_files import write_weights
 from omnistep.data.chat import Template
 from omnistep.data.tokenizer import Tokenizer
+from omnistep.data.turns import turn_end
 from omnistep.models.hf_config import ARCHITECTURES, written_config
 
 GENERATION = "generation_config.json"
@@ -68,7 +69,8 @@ def write_config(
     config["architectures"] = [ARCHITECTURES[config["model_type"]]]
     config["dtype"] = str(dtype).removeprefix("torch.")
     if tokenizer is not None and template is not None:
-        ends = sorted({tokenizer.eos_id, template.turn_end(tokenizer)})
+        end = turn_end(template, tokenizer)
+        ends = sorted({tokenizer.eos_id} | (set() if end is None else {end}))
         config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
         generation = {"eos_token_id": config["eos_token_id"]}
         _write(directory / GENERATION, json.dumps(generation, indent=2) + "\n")

@@ -104,7 +104,11 @@ def report(
 
 def fed_by(data: DataState, names: Sequence[str]) -> dict[str, float]:
     """What the data has given so far of each mixed source; and what was not taken whole."""
-    counts = {"skipped_records": data.skipped, "cut_samples": data.cut}
+    counts = {
+        "skipped_records": data.skipped,
+        "unlearnt_records": data.unlearnt,
+        "cut_samples": data.cut,
+    }
     fed = {name: float(count) for name, count in counts.items() if count}
     if len(names) > 1:
         for name, (samples, tokens) in zip(names, data.given, strict=True):

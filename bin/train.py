@@ -327,9 +327,14 @@ def finish(
         places["weights"] = hf
     for name, place in places.items():
         say(f"{name:>12}  {place}")
-    skipped, cut = position.data.skipped, position.data.cut
-    if skipped or cut:
-        say(f"{'read':>12}  {skipped} records skipped, {cut} samples cut to data.max_seq_len")
+    data = position.data
+    read = {
+        "records skipped": data.skipped,
+        "records left out (nothing to learn)": data.unlearnt,
+        "samples cut to data.max_seq_len": data.cut,
+    }
+    if any(read.values()):
+        say(f"{'read':>12}  " + ", ".join(f"{n} {what}" for what, n in read.items() if n))
 
 
 if __name__ == "__main__":

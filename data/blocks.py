@@ -7,7 +7,7 @@ import attrs
 import numpy as np
 from attrs import frozen
 
-from omnistep.data.errors import DataError
+from omnistep.data.errors import DataError, NothingToLearn
 from omnistep.data.files.records import Record
 from omnistep.data.pack import PackLimits, pack
 from omnistep.data.patches import ImageRules, Vision, joined, part_of
@@ -52,10 +52,14 @@ class Losses:
 
     skipped: int = 0
     """records that could not be read as training data"""
+    unlearnt: int = 0
+    """records of which nothing is to be learnt"""
     cut: int = 0
     """samples cut to the length of a piece"""
     reasons: tuple[str, ...] = ()
     """why the first were skipped"""
+    why_unlearnt: str = ""
+    """what the first of these says"""
 
 
 @frozen(eq=False)
@@ -196,8 +200,13 @@ def make_block(task: Task, last: bool, samples: Samples, rules: BlockRules) -> B
     """Raises the first DataError among the samples, unless the rules skip them."""
     pieces: list[Tokens] = []
     at: list[tuple[int, int]] = []
-    skipped, cut, reasons = 0, 0, []
+    skipped, unlearnt, cut = 0, 0, 0
+    reasons, why_unlearnt = [], ""
     for sample, made in samples:
+        if isinstance(made, NothingToLearn):
+            unlearnt += 1
+            why_unlearnt = why_unlearnt or str(made)
+            continue
         if isinstance(made, DataError):
             if not rules.skips:
                 raise made
@@ -215,7 +224,7 @@ def make_block(task: Task, last: bool, samples: Samples, rules: BlockRules) -> B
         learn=_joined_learn(pieces),
         ends=np.cumsum(lengths, dtype=np.int64),
         at=np.array(at, np.int64).reshape(-1, 2),
-        losses=Losses(skipped, cut, tuple(reasons)),
+        losses=Losses(skipped, unlearnt, cut, tuple(reasons), why_unlearnt),
         vision=joined([piece.vision for piece in pieces], lengths),
         plan=pack([piece.size for piece in pieces], rules.limits) if rules.packs else None,
     )

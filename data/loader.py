@@ -18,7 +18,7 @@ from omnistep.core.batch import Batch
 from omnistep.core.checkpoint.ranks import ALONE, Ranks
 from omnistep.core.tree import tree_map
 from omnistep.data.assemble import assemble
-from omnistep.data.blocks import Failure, Piece, Reader, Task
+from omnistep.data.blocks import Failure, Losses, Piece, Reader, Task
 from omnistep.data.errors import DataError
 from omnistep.data.loader_config import LoaderConfig
 from omnistep.data.pack import prefix
@@ -68,6 +68,10 @@ class Loader:
     _ended: set[tuple[int | None, int]] = field(init=False, repr=False, factory=set)
     """Shards (epoch, shard) the last block of which has arrived."""
     _shown: int = field(init=False, repr=False, default=0)
+    _unlearnt: str = field(init=False, repr=False, default="")
+    """Of the first record of which nothing is to be learnt."""
+    _told: bool = field(init=False, repr=False, default=False)
+    """The user was told of it."""
 
     def __attrs_post_init__(self) -> None:
         workers = self.config.num_workers
@@ -120,9 +124,10 @@ class Loader:
         pieces = 0
         for answer in self._answers(self._one_pass(count=True)):
             pieces += answer.pieces
-            self._show(answer.losses.reasons)
+            self._unlearnt = self._unlearnt or answer.losses.why_unlearnt
+            self._show(answer.losses)
         if not pieces:
-            raise DataError(NOTHING)
+            raise self._nothing()
         return pieces
 
     def made_with(self) -> dict[str, int | float | str]:
@@ -185,7 +190,7 @@ class Loader:
         """The rows from `state` on; each with the position after it (but not the step)."""
         first_row, first_piece, rows_given = state.row, state.piece, 0
         given = [list(counts) for counts in state.given or [(0, 0)] * len(self.reader.names)]
-        skipped, cut = state.skipped, state.cut
+        skipped, unlearnt, cut = state.skipped, state.unlearnt, state.cut
         known = state.row > 0 or state.piece > 0  # the first block's losses are counted in `state`
         held = self._read_again(state.held)
         for arrival in self._arrivals(self._forever(state), held, state.arrival):
@@ -196,7 +201,8 @@ class Loader:
                 )
             if not known:
                 skipped, cut = skipped + arrival.losses.skipped, cut + arrival.losses.cut
-                self._show(arrival.losses.reasons)
+                unlearnt += arrival.losses.unlearnt
+                self._show(arrival.losses)
             known = False
             waiting = tuple(piece.at for piece in arrival.held)
             for number in range(first_row, len(arrival.rows)):
@@ -220,6 +226,7 @@ class Loader:
                             held=waiting,
                             given=tuple((samples, tokens) for samples, tokens in given),
                             skipped=skipped,
+                            unlearnt=unlearnt,
                             cut=cut,
                         ),
                     )
@@ -233,8 +240,11 @@ class Loader:
             counts[0] += number == 0
             counts[1] += len(piece.ids)
 
-    def _show(self, reasons: Sequence[str]) -> None:
-        for reason in reasons[: SHOWN - self._shown]:
+    def _show(self, losses: Losses) -> None:
+        if losses.why_unlearnt and not self._told:
+            self._told = True
+            self.warn(f"left out: {losses.why_unlearnt}; further ones are only counted")
+        for reason in losses.reasons[: SHOWN - self._shown]:
             self._shown += 1
             self.warn(f"skipped (data.bad_records): {reason}")
             if self._shown == SHOWN:
@@ -282,13 +292,17 @@ class Loader:
     ) -> Iterator[Arrival]:
         epoch, found = None, False
         for arrival in arrivals(self._answers(tasks), list(held), self.config.limits, number):
+            self._unlearnt = self._unlearnt or arrival.losses.why_unlearnt
             if epoch not in (None, arrival.epoch) and not found:
                 break
             found = found or arrival.pieces > 0 or bool(arrival.rows)
             epoch = arrival.epoch
             yield arrival
         if not found:
-            raise DataError(NOTHING)
+            raise self._nothing()
+
+    def _nothing(self) -> DataError:
+        return DataError(f"{NOTHING}. The first: {self._unlearnt}" if self._unlearnt else NOTHING)
 
     def _answers(self, tasks: Iterable[Task]) -> Iterator[Any]:
         """What the workers of all ranks return, in the order of the tasks."""

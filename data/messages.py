@@ -1,12 +1,13 @@
 """The messages of a record, and the images and videos that stand in them."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from attrs import define, frozen
 
-from omnistep.data.chat import Message
+from omnistep.data.chat import REASONING, Message, are_parts
 from omnistep.data.errors import DataError
 from omnistep.data.files.records import Record
 from omnistep.data.images import Source, short
@@ -27,7 +28,8 @@ class Said:
 
     messages: list[Message]
     """Each content is a text, or parts of type text, image and video, of which those of text alone
-    hold something."""
+    hold something; what a tool gave may be any value; a message of tool calls or reasoning alone
+    has no content."""
     sources: list[Source]
     """The images and videos, in the order of their parts."""
 
@@ -37,6 +39,7 @@ def read_messages(record: Record, content: Any, key: str, image_keys: Sequence[s
     parts. Images are those of the parts; a part that has none, and `<image>` in a text of a record
     with images, take the next of those under the first of `image_keys` (None: the model takes no
     images). Raises DataError that names the message."""
+    content = _from_json(content)
     if not isinstance(content, list) or not content:
         kind = "an empty list" if content == [] else f"a {type(content).__name__}"
         raise DataError(f"{record.where}: {key!r} must hold a list of messages, it holds {kind}")
@@ -56,6 +59,32 @@ def read_messages(record: Record, content: Any, key: str, image_keys: Sequence[s
     for pool in pools.values():
         pool.check_empty()
     return Said(messages, sources)
+
+
+def read_tools(record: Record) -> list[Mapping[str, Any]] | None:
+    """Reads a record's `tools`: a list of JSON schemas, or JSON of one, as tables hold it. None:
+    it has none. Raises DataError."""
+    given = record.content.get("tools") if isinstance(record.content, Mapping) else None
+    if given is None or given == "":
+        return None
+    tools = _from_json(given)
+    tools = [_from_json(tool) for tool in tools] if isinstance(tools, list) else tools
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise DataError(
+            f"{record.where}: 'tools' must be a list of objects (JSON schemas of functions), or "
+            f"JSON of such a list; it is {short(given)}"
+        )
+    return tools
+
+
+def _from_json(value: Any) -> Any:
+    """What a text holds that is JSON of a list or object; else the value as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
 
 
 def _no_images(where: str) -> DataError:
@@ -118,19 +147,34 @@ def _message(message: Any, where: str, pools: Pools, sources: list[Source]) -> M
     message = {name: value for name, value in message.items() if value is not None}
     if message.get("loss_mask", 0) not in (0, 1):
         raise DataError(f"{where}: loss_mask is 0 or 1, got {short(message['loss_mask'])}")
+    calls = _from_json(message.get("tool_calls", []))
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise DataError(
+            f"{where}: tool_calls must be a list of objects, it is {short(message['tool_calls'])}"
+        )
+    if "tool_calls" in message:
+        message["tool_calls"] = calls
     content = message.get("content")
+    if content is None and (calls or any(message.get(name) for name in REASONING)):
+        return message
     if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    elif content is None and message.get("tool_calls"):
-        content = []
+        parts = list(_parts({"type": "text", "text": content}, where, pools, sources))
+        texts = [part.get("text") for part in parts]
+        return {**message, "content": parts if None in texts else "".join(map(str, texts))}
+    if message["role"] not in SPEAKERS and not _known_parts(content):
+        return message  # what a tool gave: any value, as the template takes it
     if not isinstance(content, list):
         raise DataError(f"{where}: the content must be a text or parts, it is {short(content)}")
     parts = [each for part in content for each in _parts(part, where, pools, sources)]
-    if all(part["type"] == "text" for part in parts):
-        said: Any = "".join(part["text"] for part in parts)
-    else:
-        said = [part for part in parts if part.get("text") != ""]
-    return {**message, "content": said}
+    return {**message, "content": parts}
+
+
+SPEAKERS = ("system", "developer", "user", "assistant")
+"""Whose content is a text or parts."""
+
+
+def _known_parts(content: Any) -> bool:
+    return are_parts(content) and all(part["type"] in ("text", *TYPES) for part in content)
 
 
 def _parts(part: Any, where: str, pools: Pools, sources: list[Source]) -> Iterator[dict[str, str]]:
@@ -138,11 +182,12 @@ def _parts(part: Any, where: str, pools: Pools, sources: list[Source]) -> Iterat
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
         known = {PLACEHOLDERS[video]: pool for video, pool in pools.items() if pool.key}
-        for text in re.split(f"({'|'.join(known)})", part["text"]) if known else [part["text"]]:
+        texts = re.split(f"({'|'.join(known)})", part["text"]) if known else [part["text"]]
+        for text in texts:
             if text in known:
                 sources.append(known[text].take())
                 yield {"type": "video" if known[text].video else "image"}
-            else:
+            elif text or len(texts) == 1:
                 yield {"type": "text", "text": text}
     elif isinstance(kind, str) and kind in TYPES:
         if not pools:

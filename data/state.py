@@ -36,6 +36,8 @@ class DataState:
     """Samples and tokens given of each of the sources that are mixed."""
     skipped: int = 0
     """Records that could not be read as training data, in the blocks read so far."""
+    unlearnt: int = 0
+    """Records of which nothing is to be learnt; they are left out, too."""
     cut: int = 0
     """Samples cut to the length of a row."""
     made_with: Mapping[str, int | float | str] = field(factory=dict)

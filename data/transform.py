@@ -9,15 +9,16 @@ import numpy as np
 from attrs import frozen
 from jaxtyping import Bool, Int32
 
-from omnistep.data.chat import Span, Template
-from omnistep.data.errors import DataError
+from omnistep.data.chat import Message, Span, Template
+from omnistep.data.errors import DataError, NothingToLearn
 from omnistep.data.files.records import Record
 from omnistep.data.image_tokens import expand, with_times
 from omnistep.data.images import Clip, open_clip, see
-from omnistep.data.messages import read_messages
+from omnistep.data.messages import read_messages, read_tools
 from omnistep.data.pack import Size
 from omnistep.data.patches import ImageRules, Vision
 from omnistep.data.tokenizer import Tokenizer
+from omnistep.data.turns import learnt
 
 
 @frozen(eq=False)
@@ -64,11 +65,12 @@ class Plaintext:
 
 @frozen(eq=False)
 class Conversation:
-    """Render by the chat template, tokenise; learn the assistant's turns, but not what stands for
-    images in them.
+    """Renders by the chat template and tokenises; the assistant's turns are learnt, but not what
+    stands for images in them.
 
-    What is longer than `max_len` tokens is cut at the front, so that the last turn stays; a
-    conversation that would lose an image by that is refused.
+    Of what is longer than `max_len` tokens, all behind the last that is learnt is left out, then
+    as much as need be at the front, so that the last turn stays; a conversation that would lose an
+    image by that is refused. One with nothing to learn is NothingToLearn.
     """
 
     tokenizer: Tokenizer
@@ -83,17 +85,23 @@ class Conversation:
         key, content = field_of(record, self.keys)
         image_keys = None if self.images is None else self.image_keys
         said = read_messages(record, content, key, image_keys)
-        tools = None if isinstance(record.content, str) else record.content.get("tools")
+        tools = read_tools(record)
         try:
-            text, spans = self.template.learnt(said.messages, tools)
+            text, spans = learnt(self.template, said.messages, tools)
             if not spans:
-                roles = ", ".join(sorted({message["role"] for message in said.messages}))
-                raise DataError(f"nothing to learn, no message of role assistant (roles: {roles})")
+                raise NothingToLearn(f"nothing to learn{_why(said.messages)}")
             clips = [open_clip(source, record.folder) for source in said.sources]
             tokens = tokens_of(text, spans, clips, self.tokenizer, self.images)
             return [_cut(tokens, self.max_len)]
         except DataError as error:
-            raise DataError(f"{record.where}: {error}") from error
+            raise type(error)(f"{record.where}: {error}") from error
+
+
+def _why(messages: Sequence[Message]) -> str:
+    roles = sorted({message["role"] for message in messages})
+    if "assistant" in roles:
+        return ": no message of role assistant has a text and a loss_mask of 1"
+    return f", no message of role assistant (roles: {', '.join(roles)})"
 
 
 def tokens_of(
@@ -127,32 +135,38 @@ def _tokenised(
 ) -> tuple[Int32[np.ndarray, "tokens"], Bool[np.ndarray, "tokens"]]:
     """Ids, and which of them are to be learnt."""
     ids, offsets = tokenizer.encode_with_offsets(text, add_special_tokens)
-    learnt = np.zeros(len(text) + 1, np.int64)  # characters to learn before each one
+    learn = np.zeros(len(ids), np.bool_)
     for start, stop in spans:
-        learnt[start + 1 : stop + 1] = 1
-    learnt = learnt.cumsum()
-    return ids, learnt[offsets[:, 1]] > learnt[offsets[:, 0]]
+        (inside,) = np.nonzero((offsets[:, 1] > start) & (offsets[:, 0] < stop))
+        if len(inside):  # with tokens between them that cover nothing
+            learn[inside[0] : inside[-1] + 1] = True
+    return ids, learn
 
 
 def _cut(tokens: Tokens, longest: int) -> Tokens:
-    """The last `longest` tokens."""
-    cut, vision = max(0, len(tokens.ids) - longest), tokens.vision
-    if cut and vision is not None:
-        if cut >= (first := int(np.argmax(vision.units >= 0))):
-            raise DataError(
-                f"it has {len(tokens.ids)} tokens; to cut it to {longest} (data.max_seq_len) would "
-                f"take away images, which begin at token {first}: raise data.max_seq_len, or set "
-                "a smaller data.max_patches"
-            )
-        rope = None if vision.rope is None else vision.rope[cut:] - cut  # the cut part is all text
-        vision = attrs.evolve(vision, units=vision.units[cut:], rope=rope)
-    learn = tokens.learn
-    if learn is None or not learn[cut + 1 :].any():
+    """At most `longest` tokens, the last of them learnt."""
+    learn, vision, count = tokens.learn, tokens.vision, len(tokens.ids)
+    if learn is None or not learn[1:].any():
+        raise NothingToLearn("nothing to learn: no token of an assistant's turn")
+    if count <= longest:
+        return tokens
+    last = int(np.flatnonzero(learn)[-1])
+    if vision is not None:
+        last = max(last, int(np.flatnonzero(vision.units >= 0)[-1]))
+    stop, cut = last + 1, max(0, last + 1 - longest)
+    if cut and vision is not None and cut >= (first := int(np.argmax(vision.units >= 0))):
         raise DataError(
-            f"nothing to learn in its last {longest} tokens (data.max_seq_len); the assistant "
-            "speaks before them"
+            f"it has {count} tokens; to cut it to {longest} (data.max_seq_len) would take away "
+            f"images, which begin at token {first}: raise data.max_seq_len, or set a smaller "
+            "data.max_patches"
         )
-    return Tokens(tokens.ids[cut:], learn[cut:], cut, vision)
+    if vision is not None:
+        # the cut part is all text
+        rope = None if vision.rope is None else vision.rope[cut:stop] - cut
+        vision = attrs.evolve(vision, units=vision.units[cut:stop], rope=rope)
+    if not learn[cut + 1 : stop].any():
+        raise NothingToLearn(f"nothing to learn in its last {longest} tokens (data.max_seq_len)")
+    return Tokens(tokens.ids[cut:stop], learn[cut:stop], cut, vision)
 
 
 def text_of(record: Record, keys: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from omnistep.data.errors import DataError
 from omnistep.data.files.records import Record
 from omnistep.data.tokenizer import load_tokenizer
 from omnistep.data.transform import Conversation
+from omnistep.data.turns import learnt
 from tests.bin.runs import TOKENIZER
 
 CHATML = """\
@@ -169,9 +170,9 @@ def tokenizer():
 
 
 def words(template, messages, tools=None):
-    text, spans = Template("x", template, {"bos_token": "<s>", "eos_token": "</s>"}).learnt(
-        messages, tools
-    )
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    made = Template("x", template, special, ends=tuple(special.values()))
+    text, spans = learnt(made, messages, tools)
     return [text[start:stop] for start, stop in spans]
 
 
@@ -231,29 +232,43 @@ def test_thoughts_and_tools():
 def test_loss_mask_overrides(template, tokenizer):
     talk: list[dict[str, Any]] = [dict(message) for message in TALK]
     talk[2]["loss_mask"], talk[3]["loss_mask"], talk[4]["loss_mask"] = 0, 1, 1
-    text, spans = open_template(template, tokenizer).learnt(talk)
+    text, spans = learnt(open_template(template, tokenizer), talk)
     king, bernardo = (text[start:stop] for start, stop in spans)
     assert king == "Long live the king!"
     assert bernardo.strip().startswith("Bernardo?")
 
 
 @pytest.mark.parametrize(
-    ("template", "reason"),
+    ("template", "wanted"),
     [
-        ("{% for m in messages %}{{ m.content[:2] }}{% endfor %}", "drops or repeats"),
-        ("{% for m in messages %}{{ m.content * 2 }}|{% endfor %}", "drops or repeats"),
-        ("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "before it"),
+        # what the template leaves of a content, or makes of it, is what the model would say
+        ("{% for m in messages %}{{ m.content[:2] }}{% endfor %}", ["Na", " B"]),
+        (
+            "{% for m in messages %}{{ m.content.strip() * 2 }}|{% endfor %}",
+            ["Nay, answer me: é 🦉Nay, answer me: é 🦉|", "Bernardo?Bernardo?|"],
+        ),
+        # the beginning depends on what follows
+        (
+            "{{ messages | length }}{% for m in messages %}{{ m.content | trim }}$\n{% endfor %}",
+            ["Nay, answer me: é 🦉$", "Bernardo?$"],
+        ),
+        # the end does
         (
             "{% for m in messages %}{{ m.role + m.content }}"
-            "{{ '$' if loop.last and m.role == 'assistant' else '#' }}{% endfor %}"
+            "{{ '</s>' if loop.last and m.role == 'assistant' else '<s>' }}{% endfor %}"
             "{{ 'assistant' if add_generation_prompt }}",
-            "does not end with",
+            ["Nay, answer me: é 🦉<s>", " Bernardo? \n<s>"],
         ),
-        ("{% generation %}{{ messages[2].content }}{% endgeneration %}", "marks 1 turns where"),
+        ("{% generation %}{{ messages[2].content }}{% endgeneration %}", ["Nay, answer me: é 🦉"]),
     ],
 )
-def test_a_template_that_leaves_a_doubt_is_an_error(template, reason):
-    with pytest.raises(DataError, match=reason):
+def test_what_a_template_writes_is_learnt(template, wanted):
+    assert words(template, TALK) == wanted
+
+
+def test_what_is_said_and_changed_is_a_doubt():
+    template = "{{ messages | length }}{% for m in messages %}{{ m.content | length }}{% endfor %}"
+    with pytest.raises(DataError, match="does not show what is said in message 3"):
         words(template, TALK)
 
 
@@ -261,11 +276,13 @@ def test_a_long_conversation_keeps_its_end(tokenizer):
     template = open_template("chatml", tokenizer)
     (whole,) = Conversation(tokenizer, 1000, template)(Record({"messages": TALK}, "here"))
     (piece,) = Conversation(tokenizer, 20, template)(Record({"messages": TALK}, "here"))
-    assert piece.cut == len(whole.ids) - 20
-    assert piece.ids.tolist() == whole.ids[-20:].tolist()
     assert whole.learn is not None
     assert piece.learn is not None
-    assert piece.learn.tolist() == whole.learn[-20:].tolist()
+    end = int(whole.learn.nonzero()[0][-1]) + 1  # what follows the last turn teaches nothing
+    assert end < len(whole.ids)
+    assert piece.cut == end - 20
+    assert piece.ids.tolist() == whole.ids[end - 20 : end].tolist()
+    assert piece.learn.tolist() == whole.learn[end - 20 : end].tolist()
 
 
 @pytest.mark.parametrize(
@@ -283,7 +300,6 @@ def test_a_long_conversation_keeps_its_end(tokenizer):
         ({"messages": [{"role": "user", "content": 3}]}, r"text or parts, it is 3"),
         ({"messages": [{"role": "user", "content": "x", "loss_mask": 2}]}, "0 or 1, got 2"),
         ({"messages": [{"role": "user", "content": "x"}]}, r"nothing to learn.*\(roles: user\)"),
-        ({"messages": [*TALK, {"role": "user", "content": "x " * 200}]}, "in its last 100 tokens"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "model takes none"),
         ({"messages": TALK, "images": ["a.png"]}, "here: it has images, but the model takes none"),
         ({"messages": [{"role": "user", "content": [{"type": "x"}]}]}, "text, image or video"),
@@ -291,13 +307,21 @@ def test_a_long_conversation_keeps_its_end(tokenizer):
             {"messages": [{"role": "user", "content": [{"type": ["image"]}]}]},
             "text, image or video",
         ),
-        ({"messages": [{"role": "assistant", "content": " "}]}, "but it has no text"),
+        (
+            {"messages": [{**m, "loss_mask": 0} for m in TALK]},
+            "nothing to learn: no message",
+        ),
         ({"messages": TALK, "tools": [{"name": "f"}]}, "no place for tools"),
+        ({"messages": TALK, "tools": {"name": "f"}}, "here: 'tools' must be a list of objects"),
+        ({"messages": TALK, "tools": "[1]"}, "here: 'tools' must be a list of objects"),
+        ({"messages": TALK, "tools": "[{]"}, "here: 'tools' must be a list of objects"),
+        ({"messages": [{**TALK[2], "tool_calls": "f()"}]}, "tool_calls must be a list of objects"),
+        ({"messages": [{**TALK[2], "tool_calls": [{"name": "f"}]}]}, "leaves out .* tool calls"),
+        ({"messages": [TALK[1], {**TALK[2], "thinking": "so"}]}, "leaves out .* reasoning"),
     ],
 )
 def test_conversations_that_are_none(content, message, tokenizer):
-    name = "tokenizer" if "but it has no text" in message else "default"
-    transform = Conversation(tokenizer, 100, open_template(name, tokenizer))
+    transform = Conversation(tokenizer, 100, open_template("default", tokenizer))
     with pytest.raises(DataError, match=message):
         transform(Record(content, "here"))
 

@@ -23,6 +23,7 @@ from omnistep.data.files.records import Record
 from omnistep.data.images import Clip, see
 from omnistep.data.source import open_source
 from omnistep.data.transform import Conversation, tokens_of
+from omnistep.data.turns import learnt
 from tests.data.pictured import PARTS, qwen_rules, write_tokenizer
 from tests.data.test_images import encoded, picture
 
@@ -87,7 +88,7 @@ def test_ids_are_those_of_the_processors(family, tokenizer, monkeypatch):
             images=[clip.frames[0] for clip in clips if not clip.video] or None,
             videos=[[np.asarray(f) for f in clip.frames] for clip in videos] or None,
         )
-        ours, spans = template.learnt(talk)
+        ours, spans = learnt(template, talk)
         assert ours == text
         tokens = tokens_of(ours, spans, clips, tokenizer, rules)
         assert tokens.ids.tolist() == want["input_ids"][0]
@@ -106,7 +107,7 @@ def test_built_in_templates_write_the_image(tokenizer):
         if name == "llama3":
             continue  # it needs tokens of its own
         template = open_template(name, tokenizer, rules)
-        text, spans = template.learnt(talk)
+        text, spans = learnt(template, talk)
         around = ("<|vision_start|>", "<|vision_end|>") if name == "qwen2vl" else ("", "")
         assert f"{'<|image_pad|>'.join(around)}\nwhat?" in text
         assert len(spans) == 1
@@ -147,7 +148,7 @@ def test_a_template_gets_contents_as_it_takes_them(jinja, contents, tokenizer, t
     text = template.render(talk)
     assert text.count("<|image_pad|>") == 1
     assert text.index("<|image_pad|>") < text.index("what?") < text.index("hello")
-    assert open_template(str(tmp_path / "chat.jinja"), tokenizer).contents == "as given"
+    assert open_template(str(tmp_path / "chat.jinja"), tokenizer).contents == contents
 
 
 # ---- records -------------------------------------------------------------------------------
@@ -312,12 +313,14 @@ def test_a_cut_takes_no_image_away(tokenizer):
     transform = conversation(tokenizer)
     whole = piece_of(transform, {"messages": messages})
     first = int(np.argmax(whole.vision.units >= 0))
-    longest = len(whole.ids) - first + 1
+    end = int(np.flatnonzero(whole.learn)[-1]) + 1
+    longest = end - first + 1
     piece = piece_of(conversation(tokenizer, longest), {"messages": messages})
     assert piece.cut == first - 1
-    assert piece.ids.tolist() == whole.ids[-longest:].tolist()
-    assert piece.vision.units.tolist() == whole.vision.units[-longest:].tolist()
-    assert piece.vision.rope.tolist() == (whole.vision.rope[-longest:] - piece.cut).tolist()
+    kept = slice(end - longest, end)
+    assert piece.ids.tolist() == whole.ids[kept].tolist()
+    assert piece.vision.units.tolist() == whole.vision.units[kept].tolist()
+    assert piece.vision.rope.tolist() == (whole.vision.rope[kept] - piece.cut).tolist()
     assert piece.vision.rope[0].tolist() == [0, 0, 0]
     with pytest.raises(
         DataError, match=f"^here: it has {len(whole.ids)} tokens.* at token {first}"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from omnistep.core.batch import segment_starts
 from omnistep.data.blocks import Task
-from omnistep.data.errors import DataError
+from omnistep.data.errors import DataError, NothingToLearn
 from omnistep.data.loader_config import LoaderConfig
 from omnistep.data.state import DataState
 from tests.data.made import (
@@ -24,6 +24,7 @@ from tests.data.made import (
     check_rows,
     loader_of,
     micro_batches,
+    pieces_of,
     same,
     take,
 )
@@ -245,4 +246,38 @@ def test_one_iteration_at_a_time():
         list(itertools.islice(first, 100))
     loader.close()
     with pytest.raises(RuntimeError, match="was closed"):
+        take(loader, 1)
+
+
+def teaches_nothing(*samples):
+    """A transform of which records of these numbers are to teach nothing."""
+
+    def transform(record):
+        if int(record.where.split()[1]) in samples:
+            raise NothingToLearn(f"{record.where}: nothing to learn")
+        return pieces_of(record)
+
+    return transform
+
+
+@pytest.mark.parametrize("bad_records", ["stop", "skip"])
+def test_records_with_nothing_to_learn_are_left_out_and_counted(bad_records):
+    """They are no broken records: `stop` does not stop, one is told of."""
+    told: list[str] = []
+    config = {**PACKED, "bad_records": bad_records}
+    loader = loader_of(((5,),) * 20, transform=teaches_nothing(3, 4, 17), **config)
+    loader.warn = told.append
+    seen = take(loader, 12)
+    _, state = seen[-1]
+    assert state.epoch > 0
+    assert state.unlearnt >= 3 * state.epoch
+    assert state.skipped == 0
+    assert len(told) == 1
+    assert told[0].startswith("left out: sample ")
+    assert told[0].endswith("; further ones are only counted")
+
+
+def test_data_with_nothing_to_learn_is_an_error():
+    loader = loader_of(((5,),) * 20, transform=teaches_nothing(*range(20)), **PACKED)
+    with pytest.raises(DataError, match=r"the data is empty.* The first: sample \d+: nothing to l"):
         take(loader, 1)
