@@ -184,6 +184,8 @@ def test_masks_of_code_are_those_of_transformers(jinja, trims, tmp_path):
     assert pair.outcome(talk).kind != MASK
     (plain,), (piece,) = pair.ours(Record(talk, "here")), trimmed(Record(talk, "here"))
     assert piece.ids.tolist() == plain.ids.tolist()
+    assert piece.learn is not None
+    assert plain.learn is not None
     assert piece.learn.tolist() == plain.learn.tolist()
     assert code in pair.theirs.decode(piece.ids[piece.learn])
 
@@ -294,6 +296,7 @@ def test_what_follows_the_last_turn_gives_way():
     conversation = Conversation(tokenizer, 64, open_template("default", tokenizer))
     talk = [*TWO_TURNS, {"role": "user", "content": "And what of the king? " * 40}]
     (piece,) = conversation(Record({"messages": talk}, "here"))
+    assert piece.learn is not None
     assert piece.learn[-1]
     assert piece.cut == 0
     said = tokenizer.decode(piece.ids[piece.learn])
