@@ -18,6 +18,7 @@ from omnistep.bin.build import read_tokenizer
 from omnistep.bin.model import Model, RunError, read_model, read_weights
 from omnistep.bin.sample import Speaker, chat_template, make_speaker, rules_of
 from omnistep.core import rng
+from omnistep.core.cache import keep_compiled_code_private
 from omnistep.core.config import InferArguments, ModelArguments
 from omnistep.core.param import one_rank
 from omnistep.core.tree import Tree
@@ -284,6 +285,7 @@ def _short(text: str, most: int = 34) -> str:
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
+        keep_compiled_code_private()
         run(args, print)
     except (RunError, DataError, ConfigJsonError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

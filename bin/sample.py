@@ -15,6 +15,7 @@ from omnistep.bin.build import read_tokenizer
 from omnistep.bin.image_rules import image_rules
 from omnistep.bin.model import DTYPES, Model, RunError, read_model, read_weights
 from omnistep.core import rng
+from omnistep.core.cache import keep_compiled_code_private
 from omnistep.core.config import SAMPLE, ConfigError, InferArguments, ModelArguments
 from omnistep.core.config_help import help_text
 from omnistep.core.config_io import load, wants_help
@@ -111,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         print(help_text(SAMPLE))
         return 0
     try:
+        keep_compiled_code_private()
         args = load(argv, world_size=1, cuda=torch.cuda.is_available(), command=SAMPLE).infer
         run(args)
     except ConfigError as error:

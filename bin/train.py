@@ -27,6 +27,7 @@ from omnistep.bin.stop import RESUME_ME, Stop
 from omnistep.core import rng
 from omnistep.core.allocator import keep_freed_memory
 from omnistep.core.batch import Batch
+from omnistep.core.cache import keep_compiled_code_private
 from omnistep.core.checkpoint.place import Place, try_to_write
 from omnistep.core.checkpoint.protocol import CheckpointError, CheckpointStore
 from omnistep.core.checkpoint.ranks import all_ranks
@@ -69,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         launch = read_launch(os.environ)
         argv, nproc = take_nproc(argv, launch)
+        keep_compiled_code_private()
         ranks, cuda = max(nproc, launch.world_size), torch.cuda.is_available()
         args = load(argv, world_size=ranks, cuda=cuda, command=TRAIN)
         if nproc > 1:

@@ -23,18 +23,11 @@ from filelock import FileLock
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from omnistep.core.cache import check_own, private_directory
 from omnistep.models.attention_plain import compute_dtype, torch_backward, torch_forward
 
 SOURCE = Path(__file__).with_name("attention_cpu.cpp")
 log = logging.getLogger(__name__)
-
-
-def cache_directory() -> Path:
-    """Where the compiled kernel is kept: beside inductor's cache if that was given a place."""
-    chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    if chosen:
-        return Path(chosen) / "omnistep"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "omnistep"
 
 
 def _compiler() -> str | None:
@@ -53,10 +46,11 @@ def _processor() -> str:
 
 
 def compile_kernel(compiler: str, extra_flags: tuple[str, ...] = ()) -> Path:
-    """The shared library, from the cache or newly compiled (4 to 7 s on one core).
+    """Makes the shared library, or finds it in the cache (compiling takes 4 to 7 s on one core).
 
     OpenMP's runtime is found by its soname, so the one torch has loaded is used and its threads
-    are shared. Raises subprocess.CalledProcessError with the compiler's messages in `stderr`.
+    are shared. Raises subprocess.CalledProcessError with the compiler's messages in `stderr`;
+    OSError where the cache, or what is in it, is not this user's alone.
     """
     arm = platform.machine() in ("aarch64", "arm64")
     native = "-mcpu=native" if arm else "-march=native"
@@ -66,10 +60,10 @@ def compile_kernel(compiler: str, extra_flags: tuple[str, ...] = ()) -> Path:
     binary = Path(compiler).resolve()
     identity = [SOURCE.read_text(), *flags, str(binary), str(binary.stat().st_mtime), _processor()]
     key = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:20]
-    library = cache_directory() / f"attention_cpu_{key}.so"
+    library = private_directory("kernels") / f"attention_cpu_{key}.so"
     if library.exists():
+        check_own(library)
         return library
-    library.parent.mkdir(parents=True, exist_ok=True)
     # One rank compiles and the others wait; a rename, so that a killed one leaves no half file.
     with (
         FileLock(library.with_suffix(".lock")),
@@ -79,6 +73,7 @@ def compile_kernel(compiler: str, extra_flags: tuple[str, ...] = ()) -> Path:
             built = Path(folder) / library.name
             command = [compiler, *flags, str(SOURCE), "-o", str(built)]
             subprocess.run(command, check=True, capture_output=True, text=True)
+            built.chmod(0o700)  # whatever the umask
             os.replace(built, library)
     return library
 

@@ -15,6 +15,7 @@ if "OMNISTEP_TESTS_CACHE" not in os.environ:
     OWN_CACHE = tempfile.TemporaryDirectory(prefix="omnistep-tests-")
     os.environ["OMNISTEP_TESTS_CACHE"] = OWN_CACHE.name
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = OWN_CACHE.name
+    os.environ["OMNISTEP_CACHE"] = OWN_CACHE.name
     os.environ["MPLCONFIGDIR"] = OWN_CACHE.name  # else in the home directory
 
 import pytest  # noqa: E402

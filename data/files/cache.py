@@ -12,11 +12,11 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from omnistep.core.cache import VARIABLE, cache_directory
 from omnistep.data.errors import DataError
 from omnistep.data.files.records import CHUNK_BYTES
 
 CODECS = {".gz": "gzip", ".zst": "zstd"}
-VARIABLE = "OMNISTEP_CACHE"
 
 
 def decompressed(path: str) -> Iterator[bytes]:
@@ -40,12 +40,6 @@ def decompressed(path: str) -> Iterator[bytes]:
         raise DataError(f"{path}: no {codec} file, it has 0 bytes. Copy or make it again")
 
 
-def directory() -> Path:
-    """$OMNISTEP_CACHE, else ~/.cache/omnistep/data."""
-    given = os.environ.get(VARIABLE)
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "omnistep" / "data"
-
-
 def cached(path: str) -> str:
     """The path of a plain copy of a compressed file, made by the first process that asks.
 
@@ -53,17 +47,18 @@ def cached(path: str) -> str:
     """
     stat = os.stat(path)
     identity = f"{os.path.abspath(path)}\n{stat.st_size}\n{stat.st_mtime_ns}"
-    entry = directory() / hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()
-    if entry.exists():
-        return str(entry)
+    name = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()
+    place = os.environ.get(VARIABLE, "~/.cache/omnistep")
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
+        place = cache_directory("data")
+        if (entry := place / name).exists():
+            return str(entry)
         with FileLock(f"{entry}.lock"):
             if not entry.exists():
                 _write(decompressed(path), entry)
     except OSError as error:
         raise DataError(
-            f"{path}: cannot write its decompressed copy into {entry.parent} "
+            f"{path}: cannot write its decompressed copy into {place} "
             f"({error.strerror or error}). Free some space there, or set {VARIABLE} to a "
             "directory on a larger disk"
         ) from error

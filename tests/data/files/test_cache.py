@@ -22,7 +22,7 @@ from tests.data.files.test_formats import KEYS, RECORDS, compressed, write
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     monkeypatch.setenv("OMNISTEP_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    return tmp_path / "cache" / "data"
 
 
 def entries(place):
@@ -42,6 +42,7 @@ def test_made_once_and_again_when_the_file_changes(tmp_path, place, monkeypatch)
     assert cached(str(path)) != first
     assert len(index_file(str(path), KEYS)) == 10
     monkeypatch.delenv("OMNISTEP_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert Path(cached(str(path))).parent == tmp_path / "home/.cache/omnistep/data"
 
@@ -151,7 +152,7 @@ def test_no_space_left(tmp_path, place, monkeypatch):
         patch.setattr(cache.os, "fsync", full)
         with pytest.raises(
             DataError,
-            match=r"a\.jsonl\.gz: cannot write .*into .*cache \(No space .*OMNISTEP_CACHE",
+            match=r"a\.jsonl\.gz: cannot write .*into .*cache/data \(No space .*OMNISTEP_CACHE",
         ):
             cached(str(path))
     assert entries(place) == []
