@@ -62,7 +62,7 @@ SOURCE is what it looks like:
   checkpoint   outputs/run, outputs/run/checkpoints (their newest step), .../checkpoints/40
   hf           a Hugging Face directory, or a .safetensors file
   dcp          a torch.distributed.checkpoint whose tensors have the model's Hugging Face names,
-               perhaps behind one prefix. Its .metadata is a pickle: convert what you trust
+               perhaps behind one prefix
 
 TARGET is written completely or not at all. It must not exist, save as an older export.
   --to hf          config, weights and tokenizer, as training exports them (the default, but for a

@@ -3,12 +3,11 @@
 A step is a DCP checkpoint, which plain `torch.distributed.checkpoint.load` reads: files of pieces
 from each rank, and `.metadata`, which says where they lie. DCP verifies nothing that it reads, but
 a piece is a zip archive with a crc32 of each of its records: these are checked here, and the crc32
-of `.metadata` stands in a file beside it. `.metadata` is a pickle, which can run code: read only
-checkpoints that you trust, as with all of DCP.
+of `.metadata` stands in a file beside it. `.metadata` is a pickle, which is read without running
+what it names (dcp_metadata.py).
 """
 
 import math
-import pickle
 import shutil
 import zipfile
 import zlib
@@ -37,6 +36,7 @@ from torch.distributed.checkpoint.planner import (
 
 from omnistep.core.checkpoint.arrays import unreadable
 from omnistep.core.checkpoint.cut import pieces
+from omnistep.core.checkpoint.dcp_metadata import load_metadata
 from omnistep.core.checkpoint.dcp_weights import METADATA, METADATA_SUM
 from omnistep.core.checkpoint.place import committed, outdated
 from omnistep.core.checkpoint.ranks import Ranks
@@ -217,7 +217,7 @@ def open_dcp(place: Path) -> DcpStep:
         content, guard = (place / METADATA).read_bytes(), place / METADATA_SUM
         if guard.exists() and int(guard.read_text()) != zlib.crc32(content):  # plain DCP has none
             raise ValueError("its checksum does not match: bytes were altered")
-        return DcpStep(place, pickle.loads(content))
+        return DcpStep(place, load_metadata(content))
     except Exception as error:
         raise unreadable(METADATA, str(place), error) from error
 

@@ -1,8 +1,7 @@
 """A torch.distributed.checkpoint as named tensors, read one at a time, on one rank.
 
 Read by torch's own reader, without a process group: whatever torch can write, it reads. (dcp.py
-reads what a store may have written, in part, and checks it.) Its `.metadata` is a pickle, which may
-run any code when it is read: only what is trusted should be opened.
+reads what a store may have written, in part, and checks it.)
 """
 
 from collections import Counter
@@ -14,6 +13,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from omnistep.core.checkpoint.dcp_metadata import read_metadata
 from omnistep.core.checkpoint.safetensors import nearest
 
 METADATA = ".metadata"
@@ -77,7 +77,7 @@ def open_dcp_weights(path: str | Path, prefix: str = "") -> DcpWeights:
     path = Path(path)
     reader = FileSystemReader(path)
     try:
-        metadata = reader.read_metadata()
+        metadata = read_metadata(path / METADATA)
         reader.set_up_storage_reader(metadata, is_coordinator=True)
         files = {str(info.relative_path) for info in reader.storage_data.values()}
     except Exception as error:  # an unreadable pickle raises anything
