@@ -9,7 +9,7 @@ from attrs import define, frozen
 
 from omnistep.data.chat import REASONING, Message, are_parts
 from omnistep.data.errors import DataError
-from omnistep.data.files.records import Record
+from omnistep.data.files.records import Record, without_nulls
 from omnistep.data.images import Source, short
 
 VIDEO_KEYS = ("videos",)
@@ -74,7 +74,7 @@ def read_tools(record: Record) -> list[Mapping[str, Any]] | None:
             f"{record.where}: 'tools' must be a list of objects (JSON schemas of functions), or "
             f"JSON of such a list; it is {short(given)}"
         )
-    return tools
+    return without_nulls(tools)
 
 
 def _from_json(value: Any) -> Any:

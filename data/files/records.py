@@ -45,14 +45,15 @@ Unread = Callable[[], Record]
 
 
 def read_bytes(path: str, start: int, stop: int) -> bytes:
-    """The bytes start:stop of a file; fewer where it ends before."""
+    """Reads the bytes start:stop of a file that had them when it was indexed. Raises DataError
+    where it ends before."""
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         content = os.pread(file, stop - start, start)
         while len(content) < stop - start:
             part = os.pread(file, stop - start - len(content), start + len(content))
             if not part:
-                break
+                raise shorter(path, stop, start + len(content))
             content += part
     finally:
         os.close(file)
@@ -73,11 +74,35 @@ def without_mark(chunks: Iterator[bytes]) -> tuple[int, Iterator[bytes]]:
     return (3, put_back(first[3:], chunks)) if marked else (0, put_back(first, chunks))
 
 
+def without_nulls(value: Any) -> Any:
+    """Takes the fields that are null out of a value's objects: a table has each field of a struct
+    in every row, where JSON has those that are given."""
+    if isinstance(value, dict):
+        return {name: without_nulls(each) for name, each in value.items() if each is not None}
+    if isinstance(value, list):
+        return [without_nulls(each) for each in value]
+    return value
+
+
 def put_back(first: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
     """`first`, then the others."""
     if first:
         yield first
     yield from chunks
+
+
+def check_size(path: str, size: int) -> None:
+    """Raises DataError where a file has fewer than the `size` bytes it had when it was opened."""
+    if (now := os.stat(path).st_size) < size:
+        raise shorter(path, size, now)
+
+
+def shorter(path: str, size: int, now: int) -> DataError:
+    """The error of a file that lost bytes while it was in use."""
+    return DataError(
+        f"{path}: it had {size:,} bytes when it was opened, now it ends after {now:,}: it was cut "
+        "off or replaced meanwhile. Put it back"
+    )
 
 
 def too_long(where: str, size: int) -> DataError:
