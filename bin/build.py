@@ -187,7 +187,7 @@ def open_data(
     if reader.blocks is None and train.max_steps is not None:
         steps = train.max_steps
     else:
-        pieces = reader.pieces if reader.pieces is not None else made.count_pieces()
+        pieces = made.count_pieces()
         steps = padded_steps(pieces, global_batch_size=global_batch, drop_last=data.drop_last)
         if steps == 0:
             raise RunError(

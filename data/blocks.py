@@ -157,11 +157,6 @@ class Reader(Protocol):
         ...
 
     @property
-    def pieces(self) -> int | None:
-        """Of an epoch, where it is known without reading."""
-        ...
-
-    @property
     def text(self) -> str:
         """How much there is, for a person."""
         ...

@@ -9,8 +9,8 @@ from attrs import field, frozen
 
 from omnistep.data.blocks import Answer, BlockRules, Task, answer, pieces_of, tried
 from omnistep.data.order import Mixed, Order
-from omnistep.data.source import Source
-from omnistep.data.transform import Conversation, Tokens, Transform
+from omnistep.data.source import Source, left_out_text
+from omnistep.data.transform import Tokens, Transform
 
 
 @frozen(eq=False)
@@ -48,16 +48,12 @@ class MappingReader:
         return -(-len(self.order) // self.samples)
 
     @property
-    def pieces(self) -> int | None:
-        exact = all(isinstance(part.transform, Conversation) for part in self.parts)
-        return len(self.order) if exact and not self.rules.skips else None
-
-    @property
     def text(self) -> str:
         several = len(self.parts) > 1
         counts = [f"{len(p.source)} of {p.name}" for p in self.parts] if several else []
         mixed = f" ({', '.join(counts)})" if several else ""
-        return f"{self._firsts[-1]} samples{mixed}"
+        left_out = [name for p in self.parts for name in getattr(p.source, "left_out", ())]
+        return f"{self._firsts[-1]} samples{mixed}{left_out_text(left_out)}"
 
     def __getitem__(self, task: Task | None) -> Answer | None:
         if task is None:

@@ -12,6 +12,7 @@ from omnistep.data.blocks import Answer, BlockRules, Failure, Task, answer, piec
 from omnistep.data.errors import DataError
 from omnistep.data.files.records import Record
 from omnistep.data.order import permuted
+from omnistep.data.source import left_out_text
 from omnistep.data.transform import Tokens, Transform
 
 Unread = Callable[[], Record]
@@ -56,7 +57,8 @@ class StreamReader:
 
     @property
     def text(self) -> str:
-        return f"{self.shards} file{'s' * (self.shards > 1)}, streamed"
+        left_out = left_out_text(getattr(self.stream, "left_out", ()))
+        return f"{self.shards} file{'s' * (self.shards > 1)}, streamed{left_out}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StreamReader, (self.stream, self.transform, self.samples, self.seed, self.rules)

@@ -76,7 +76,7 @@ class RowCutter:
 
 def csv_file(chunks: Iterator[bytes], name: str, keys: Sequence[str]) -> Layout:
     """Reads the header. `keys`: the columns wanted; DataError where there is none of them."""
-    begin, chunks = without_mark(chunks)
+    begin, chunks = without_mark(chunks, name)
     line, held = 1, b""
     while True:
         cutter, chunk = RowCutter(), next(chunks, b"")

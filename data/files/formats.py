@@ -11,7 +11,7 @@ from omnistep.data.files.records import Reader, Unread, chunks_of
 from omnistep.data.files.spans import Prepare, index_spans, stream_spans
 from omnistep.data.files.text import index_text, stream_text
 
-PLAIN = (".txt", ".jsonl", ".json", ".csv")
+PLAIN = (".txt", ".jsonl", ".ndjson", ".json", ".csv")
 ENDINGS = (*PLAIN, ".parquet", ".arrow", *(f"{end}{codec}" for codec in CODECS for end in PLAIN))
 
 
@@ -66,7 +66,7 @@ def form_of(path: str) -> tuple[str, str]:
 
 def _prepare(form: str, keys: Sequence[str]) -> Prepare:
     match form:
-        case ".jsonl":
+        case ".jsonl" | ".ndjson":
             return json_lines
         case ".json":
             return json_file

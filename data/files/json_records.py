@@ -56,13 +56,13 @@ class LineCutter:
 
 def json_lines(chunks: Iterator[bytes], name: str) -> Layout:
     """A .jsonl: an object a line. Lines of spaces are no records."""
-    begin, chunks = without_mark(chunks)
+    begin, chunks = without_mark(chunks, name)
     return Layout(chunks, begin, 1, LineCutter(), Syntax("line", json_object))
 
 
 def json_file(chunks: Iterator[bytes], name: str) -> Layout:
     """A .json: an array of objects, or JSON lines under another name."""
-    begin, chunks = without_mark(chunks)
+    begin, chunks = without_mark(chunks, name)
     spaces = b""
     for chunk in chunks:
         head = chunk.lstrip(SPACES)

@@ -67,11 +67,35 @@ def chunks_of(path: str) -> Iterator[bytes]:
             yield chunk
 
 
-def without_mark(chunks: Iterator[bytes]) -> tuple[int, Iterator[bytes]]:
-    """Leaves out a byte order mark, which is no text: (bytes left out, the rest)."""
+def without_mark(chunks: Iterator[bytes], name: str) -> tuple[int, Iterator[bytes]]:
+    """Leaves out a byte order mark, which is no text: (bytes left out, the rest). Raises DataError
+    where the file `name` is text in another encoding than UTF-8."""
     first = next(chunks, b"")
+    check_encoding(first, name)
     marked = first.startswith(BYTE_ORDER_MARK)
     return (3, put_back(first[3:], chunks)) if marked else (0, put_back(first, chunks))
+
+
+WIDE = {
+    "UTF-32": (b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff"),
+    "UTF-16": (b"\xff\xfe", b"\xfe\xff"),
+}
+"""Encodings by their marks; the longer ones first."""
+
+
+def check_encoding(head: bytes, name: str) -> None:
+    """Raises DataError where a file's first bytes are UTF-16 or UTF-32, with a mark or without:
+    then most characters bring bytes of 0, which no UTF-8 text has."""
+    marked = (form for form, marks in WIDE.items() if head.startswith(marks))
+    found = next(marked, None)
+    sample = head[:256]
+    if found is None and sample.count(0) * 4 > len(sample) > 1:
+        found = "UTF-32" if sample.count(0) * 2 > len(sample) + 1 else "UTF-16"
+    if found:
+        raise DataError(
+            f"{name}: it is {found}, not UTF-8. Convert it, e.g. "
+            f"`iconv -f {found.lower()} -t utf-8`"
+        )
 
 
 def without_nulls(value: Any) -> Any:

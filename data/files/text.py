@@ -13,6 +13,7 @@ from omnistep.data.files.records import (
     CHUNK_BYTES,
     Record,
     Unread,
+    check_encoding,
     not_utf8,
     read_bytes,
     without_mark,
@@ -68,7 +69,9 @@ def index_text(
     """
     size = Path(path).stat().st_size
     with open(path, "rb", buffering=4096) as file:
-        start = 3 if file.read(3) == BYTE_ORDER_MARK else 0
+        head = file.read(256)
+        check_encoding(head, name)
+        start = 3 if head.startswith(BYTE_ORDER_MARK) else 0
         starts = [start] if start < size else []
         while start < size:
             # From the last byte of the smallest part, so that a line end there counts.
@@ -102,7 +105,7 @@ def stream_text(
     longest: int = LONGEST_TEXT_BYTES,
 ) -> Iterator[Unread]:
     """The same parts as `index_text` cuts, in one pass."""
-    start, chunks = without_mark(chunks)
+    start, chunks = without_mark(chunks, name)
     line, index, held, place = 1, 0, b"", 0
     while True:
         # One byte more than the longest part: it says whether a character goes on there.

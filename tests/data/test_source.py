@@ -1,9 +1,11 @@
 """Files as sequences of records."""
 
 import json
+import os
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from omnistep.data import source as source_module
 from omnistep.data.errors import DataError
 from omnistep.data.files.formats import ENDINGS
-from omnistep.data.source import find_files, open_source, open_stream
+from omnistep.data.source import find_files, left_out_text, open_source, open_stream
 from omnistep.data.tokenizer import load_tokenizer
 from omnistep.data.transform import Plaintext, text_of
 from tests.data.files.test_formats import write
@@ -82,7 +84,8 @@ def test_byte_order_mark_and_empty_lines(tmp_path):
 
 def test_paths_that_name_nothing(tmp_path):
     with pytest.raises(
-        DataError, match=r"nothing matches .*none\.txt.*\.txt, \.jsonl, \.json, \.csv, \.parquet"
+        DataError,
+        match=r"nothing matches .*none\.txt.*\.txt, \.jsonl, \.ndjson, \.json, \.csv",
     ):
         open_source(str(tmp_path / "none.txt"))
     with pytest.raises(DataError, match="has no data"):
@@ -182,3 +185,149 @@ def test_bad_text_and_parquet(tmp_path):
     pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "d.parquet")
     with pytest.raises(DataError, match=r"d\.parquet, row 2: 'text' must hold a text"):
         texts_of(open_source(str(tmp_path / "d.parquet"), KEYS), 1)
+
+
+# ---- what is no data, and data that is not what it seems ------------------------------------
+
+
+def lines(*texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def test_what_is_left_out_of_a_folder_is_told(tmp_path):
+    (tmp_path / "a.ndjson").write_text(lines("a", "b"))
+    for name in ("._a.jsonl", ".b.jsonl", "notes.md", "c.jsonl.bak"):
+        (tmp_path / name).write_text(lines("x"))
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    wanted = ("._a.jsonl", ".b.jsonl", "c.jsonl.bak", "gone.jsonl", "notes.md", "pipe.jsonl")
+    for source in (open_source(str(tmp_path), KEYS), open_stream(str(tmp_path), KEYS)):
+        assert source.paths == (str(tmp_path / "a.ndjson"),)
+        assert source.left_out == wanted
+    told = left_out_text(wanted)
+    assert told == "; left out of the folder: ._a.jsonl, .b.jsonl, c.jsonl.bak, … (6)"
+    assert left_out_text(()) == ""
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    with pytest.raises(DataError, match=r"pipe\.jsonl is no file, it is a pipe"):
+        open_source(str(tmp_path / "pipe.jsonl"))
+    with pytest.raises(DataError, match=r"/dev/zero is no file, it is a device"):
+        open_source("/dev/zero")
+    with pytest.raises(DataError, match=r"gone\.jsonl' is a link to .*which is gone"):
+        open_source(str(tmp_path / "gone.jsonl"))
+
+
+def save_arrow(path, *texts):
+    table = pa.table({"text": list(texts)})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def test_a_folder_that_datasets_saved(tmp_path):
+    """The files that state.json names; caches beside them hold the same rows again."""
+    for name in ("data-00000-of-00002.arrow", "data-00001-of-00002.arrow", "cache-f00d.arrow"):
+        save_arrow(tmp_path / name, name)
+    shards = [{"filename": f"data-0000{i}-of-00002.arrow"} for i in (1, 0)]
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": shards}))
+    (tmp_path / "dataset_info.json").write_text("{}")
+    assert texts(open_source(str(tmp_path), KEYS)) == [s["filename"] for s in shards]
+    (tmp_path / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(DataError, match=r"state\.json names data-00001.*arrow, which is not"):
+        open_source(str(tmp_path), KEYS)
+
+
+def test_a_folder_of_splits_names_them(tmp_path):
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    (tmp_path / "train").mkdir()
+    save_arrow(tmp_path / "train" / "data-00000-of-00001.arrow", "a")
+    with pytest.raises(DataError, match=r"DatasetDict with the splits train, test: give .*/train$"):
+        open_source(str(tmp_path))
+    assert texts(open_source(str(tmp_path / "train"), KEYS)) == ["a"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
+def test_wide_encodings_are_named(encoding, name, tmp_path):
+    content = {"a.csv": "text\r\nhello\r\n"}.get(name, lines("hello"))
+    (tmp_path / name).write_bytes(content.encode(encoding))
+    form = encoding[:6].upper()
+    for read in (
+        lambda: open_source(str(tmp_path), KEYS),
+        lambda: list(open_stream(str(tmp_path), KEYS).open(0)),
+    ):
+        with pytest.raises(DataError, match=rf"{name}: it is {form}, not UTF-8. .*iconv -f utf-"):
+            read()
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.parquet", "a.arrow"])
+def test_a_file_that_loses_bytes_is_named(name, tmp_path):
+    path = tmp_path / name
+    words = [f"number {i}" for i in range(9000)]
+    if name.endswith(("parquet", "arrow")):
+        table = pa.table({"text": words})
+        if name.endswith("arrow"):
+            save_arrow(path, *words)
+        else:
+            pq.write_table(table, path)
+    else:
+        path.write_text(
+            "text\n" * (name == "a.csv")
+            + "\n".join(json.dumps({"text": w}) if name == "a.jsonl" else w for w in words)
+        )
+    source, stream = open_source(str(path), KEYS), open_stream(str(path), KEYS)
+    assert source[len(source) - 1]
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    with pytest.raises(DataError, match=rf"{name}: it had .* bytes .*, now it ends"):
+        source[len(source) - 1]
+    with pytest.raises(DataError, match=rf"{name}: it had .* bytes .*, now it ends"):
+        stream.open(0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_offsets_of_arrow_that_point_elsewhere(stream, tmp_path):
+    """They ended the process, or read beyond the buffers."""
+    path = tmp_path / "a.arrow"
+    table = pa.table({"text": [f"row {i}" for i in range(300)]})
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table)
+    content = path.read_bytes()
+    offsets = np.cumsum([0] + [len(f"row {i}") for i in range(300)], dtype=np.int32).tobytes()
+    at = content.index(offsets)
+    for wrong in (-5, 20_000):
+        changed = bytearray(content)
+        changed[at + 4 : at + 8] = np.int32(wrong).tobytes()
+        path.write_bytes(changed)
+        with pytest.raises(DataError, match=r"a\.arrow.*cannot be decoded, the file is corrupt"):
+            every_record(str(path), stream)
+
+
+def every_record(path, stream):
+    if stream:
+        return [call() for call in open_stream(path, KEYS).open(0)]
+    return texts(open_source(path, KEYS))
+
+
+def test_a_footer_of_parquet_that_is_broken_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a"] * 50}), path)
+    content = bytearray(path.read_bytes())
+    content[-40:-10] = b"\xff" * 30
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.parquet is not a Parquet file"):
+        open_source(str(path), KEYS)
+
+
+def test_null_fields_of_structs_are_no_fields(tmp_path):
+    """A table has each field of a struct in every row."""
+    rows = [
+        {"text": [{"role": "user", "content": "a"}, {"role": "tool", "args": {"x": {"n": 1}}}]},
+        {"text": [{"role": "user", "content": "b", "args": {"x": {}, "list": [None, "c"]}}]},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    source = open_source(str(tmp_path / "a.parquet"), KEYS)
+    assert [source[i].content for i in range(2)] == rows

@@ -65,7 +65,7 @@ def write(path: Path, records: list[dict[str, str]]) -> str:
     match ending.split(".")[1]:
         case "txt":
             content = "\n".join(r["text"] for r in records)
-        case "jsonl":
+        case "jsonl" | "ndjson":
             content = "\n".join(
                 json.dumps(r, ensure_ascii=i % 2 == 0) for i, r in enumerate(records)
             )
