@@ -250,7 +250,7 @@ def interact(speaker: Speaker, ask: Ask) -> None:
             talk, shown = Talk(), ()
         elif command == "image" and path and ask.rules is not None:
             try:
-                open_clip(Source(path.strip()), "")
+                open_clip(Source(path.strip()), "").decode()
             except DataError as error:
                 print(f"error: {error}")
             else:

@@ -5,6 +5,7 @@ import json
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from omnistep.data.images import FPS, Clip
 from omnistep.data.patches import ImageRules
 from omnistep.data.tokenizer import load_tokenizer
 
@@ -84,3 +85,8 @@ def qwen_rules(tokenizer, *, timestamps=False, patch=14, **rest):
         **bounds,
         **given,
     )
+
+
+def held(frames, video=False, fps=FPS):
+    """A clip of images that are decoded already."""
+    return Clip(frames[0].size, len(frames), lambda: iter(frames), video, fps)

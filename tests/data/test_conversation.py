@@ -20,11 +20,11 @@ from transformers.processing_utils import ProcessorMixin, VideosKwargs
 from omnistep.data.chat import Template, builtin_templates, open_template
 from omnistep.data.errors import DataError
 from omnistep.data.files.records import Record
-from omnistep.data.images import Clip, see
+from omnistep.data.images import see
 from omnistep.data.source import open_source
 from omnistep.data.transform import Conversation, tokens_of
 from omnistep.data.turns import learnt
-from tests.data.pictured import PARTS, qwen_rules, write_tokenizer
+from tests.data.pictured import PARTS, held, qwen_rules, write_tokenizer
 from tests.data.test_images import encoded, picture
 
 README = Path(__file__).parents[2] / "README.md"
@@ -68,7 +68,7 @@ def test_ids_are_those_of_the_processors(family, tokenizer, monkeypatch):
             video, text = bool(random.integers(0, 2)), str(random.choice(["", "hello", " a\n"]))
             size = (int(random.integers(30, 90)), int(random.integers(30, 90)))
             count = int(random.integers(2, 6)) if video else 1
-            clips.append(Clip((picture(*size),) * count, video, float(random.integers(1, 5))))
+            clips.append(held((picture(*size),) * count, video, float(random.integers(1, 5))))
             parts += [{"type": "text", "text": text}, {"type": "video" if video else "image"}]
         talk = [
             {"role": "user", "content": [*parts, {"type": "text", "text": "what is this?"}]},
@@ -219,7 +219,7 @@ def test_every_way_to_put_images_into_a_record(tokenizer, tmp_path):
     transform = conversation(tokenizer)
     made: list[Any] = [transform(source[i])[0] for i in range(len(records))]
     assert all(same(made[0], other) for other in made[1:])
-    clips = [Clip((CAT,)), Clip((DOG,))]
+    clips = [held((CAT,)), held((DOG,))]
     assert np.array_equal(made[0].vision.pixels, see(clips, qwen_rules(tokenizer))[0])
     # columns hold every field of every row, most of them None
     asks, _ = records[2]["messages"]
@@ -246,7 +246,7 @@ def test_image_keys(tokenizer):
     messages = asked(said("<image>"))
     record = {"messages": messages, "pictures": CAT, "images": [DOG]}
     piece = piece_of(conversation(tokenizer, keys=("none", "pictures", "images")), record)
-    assert np.array_equal(piece.vision.pixels, see([Clip((CAT,))], qwen_rules(tokenizer))[0])
+    assert np.array_equal(piece.vision.pixels, see([held((CAT,))], qwen_rules(tokenizer))[0])
     # a .csv has an empty text where there is none
     record = {"messages": asked(said("hello")), "images": ""}
     assert piece_of(conversation(tokenizer), record).vision is None

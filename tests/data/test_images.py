@@ -3,6 +3,9 @@
 import base64
 import errno
 import io
+import os
+import subprocess
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,9 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 
 from omnistep.data.errors import DataError
 from omnistep.data.image_sizes import Sized, target_sizes
-from omnistep.data.images import Clip, Source, open_clip, see
+from omnistep.data.images import MOST_BYTES, Source, open_clip, see, short
 from omnistep.data.patches import ImageRules, bounds_of, unit_places
+from tests.data.pictured import held
 
 QWEN2 = {"patch": 14, "frames": 2, "merge": 2}
 QWEN3 = {"patch": 16, "frames": 2, "merge": 2}
@@ -80,10 +84,121 @@ def test_every_mode_becomes_rgb_as_in_transformers(mode):
     assert np.array_equal(pixels, bytes_of(want, processor.image_mean, processor.image_std))
 
 
-def test_sixteen_bits_become_rgb_as_in_transformers():
-    grey = PIL.Image.fromarray(np.arange(0, 60 * 60, dtype=np.uint16).reshape(60, 60) % 400)
-    (frame,) = opened(encoded(grey)).frames
-    assert np.array_equal(np.asarray(frame), np.asarray(grey.convert("RGB")))
+RAMP = np.arange(256 * 256, dtype=np.uint16).reshape(256, 256)
+
+
+@pytest.mark.parametrize(
+    ("form", "kind"), [("PNG", "<u2"), ("TIFF", "<u2"), ("TIFF", ">u2"), ("JPEG2000", "<u2")]
+)
+def test_sixteen_bits_keep_their_range(form, kind):
+    """PIL's own conversion makes all above 255 white."""
+    grey = PIL.Image.fromarray(RAMP.astype(kind))
+    (frame,) = opened(encoded(grey, form)).frames
+    found = np.asarray(frame).astype(int)
+    assert np.abs(found - RAMP[..., None] / 257).max() <= 0.5
+    assert {found.min(), found.max()} == {0, 255}
+
+
+def test_sixteen_bits_of_a_ppm_and_with_transparency():
+    head = b"P5 256 256 65535\n"
+    (frame,) = opened(head + RAMP.astype(">u2").tobytes()).frames
+    assert np.abs(np.asarray(frame)[..., 0] - RAMP / 257).max() <= 0.5
+    content = encoded(PIL.Image.fromarray(RAMP), transparency=300)
+    (frame,) = opened(content).frames
+    grey = np.asarray(frame)[..., 0]
+    assert grey[RAMP == 300].tolist() == [255]
+    assert abs(int(grey[RAMP == 301][0]) - 301 / 257) <= 0.5
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV"])
+def test_modes_of_eight_bits(mode):
+    image = picture(40, 30).convert({"PA": "P", "HSV": "RGB"}.get(mode, mode)).convert(mode)
+    (frame,) = opened(image).frames
+    assert (frame.mode, frame.size) == ("RGB", (40, 30))
+    assert np.abs(np.asarray(frame).astype(int) - picture(40, 30)).mean() < 140
+    for premultiplied, plain in (("La", "LA"), ("RGBa", "RGBA")):
+        if mode == plain:
+            assert opened(image.convert(premultiplied)).frames[0].size == (40, 30)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(np.float32, "F"), (np.int32, "I")])
+def test_values_without_a_known_range_are_refused(kind, mode):
+    content = encoded(PIL.Image.fromarray(RAMP.astype(kind)), "TIFF")
+    with pytest.raises(DataError, match=rf"mode {mode} \(.*no range of values that is known"):
+        opened(content).frames  # noqa: B018
+
+
+@pytest.mark.parametrize("as_base64", [False, True])
+def test_no_program_is_started(as_base64, tmp_path, monkeypatch):
+    """An EPS is a program, which PIL gives to Ghostscript."""
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *words, **_: started.append(words))
+    monkeypatch.setattr(subprocess, "check_call", lambda *words, **_: started.append(words))
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n{} loop\n%%EOF\n"
+    (tmp_path / "a.png").write_bytes(eps)
+    value = base64.b64encode(eps).decode() if as_base64 else "a.png"
+    with pytest.raises(DataError, match=r"can't be decoded: it is none of PNG, JPEG"):
+        opened(value, tmp_path).frames  # noqa: B018
+    assert not started
+
+
+def test_what_is_no_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for value in ("pipe.png", "/dev/zero"):
+        with pytest.raises(DataError, match=r"is a pipe or device, no image's file"):
+            opened(value, tmp_path)
+    with open(tmp_path / "big.png", "wb") as file:
+        file.truncate(MOST_BYTES + 1)
+    with pytest.raises(DataError, match=r"big\.png has 268,435,457 bytes, at most"):
+        opened("big.png", tmp_path)
+
+
+def test_a_record_holds_one_image_at_its_full_size(monkeypatch):
+    """Each is made small before the next one is decoded; too many pixels are not decoded at all."""
+    alive = most = 0
+
+    def gone():
+        nonlocal alive
+        alive -= 1
+
+    def upright(opened):
+        nonlocal alive, most
+        image = PIL.Image.new("RGB", opened.size)
+        weakref.finalize(image, gone)
+        alive += 1
+        most = max(most, alive)
+        return image
+
+    content = encoded(PIL.Image.new("L", (4000, 5000)))
+    assert len(content) < 30_000
+    monkeypatch.setattr("omnistep.data.images._Opened.upright", upright)
+    rules = rules_of(**QWEN2, max_patches=4000)
+    see([opened(content) for _ in range(12)], rules)
+    assert most <= 2  # the one before goes when the next one is there
+    with pytest.raises(DataError, match=r"its images have 400,000,000 pixels, at most 357,913,940"):
+        see([opened(content) for _ in range(20)], rules)
+
+
+def test_blending_in_strips_changes_nothing(monkeypatch):
+    image = picture(50, 41).convert("RGBA")
+    image.putalpha(PIL.Image.fromarray(np.arange(50 * 41).reshape(41, 50).astype(np.uint8)))
+    whole = np.asarray(opened(image).frames[0])
+    monkeypatch.setattr("omnistep.data.images.STRIP", 170)
+    assert np.array_equal(np.asarray(opened(image).frames[0]), whole)
+
+
+def test_memory_that_lacks_is_a_bad_record(monkeypatch):
+    def lacks(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("omnistep.data.images._rgb", lacks)
+    with pytest.raises(DataError, match="takes more memory than there is"):
+        opened(encoded(picture(40, 30))).frames  # noqa: B018
+
+
+def test_a_long_path_keeps_its_name():
+    assert short("/data/" + "x" * 200 + "/cat.png").endswith("/cat.png'")
+    assert len(short("y" * 500)) == 81
 
 
 @pytest.mark.parametrize("base", [QWEN2, QWEN3])
@@ -95,7 +210,7 @@ def test_any_size_as_qwen(size, base):
     image = picture(*size)
     want = processor(image, return_tensors="np")
     rules = rules_of(**base, min_pixels=4000, max_pixels=90_000)
-    pixels, (grid,) = see([Clip((image,))], rules)
+    pixels, (grid,) = see([held((image,))], rules)
     assert [grid.time, grid.rows, grid.columns] == want["image_grid_thw"][0].tolist()
     mean, std = processor.image_mean, processor.image_std
     assert np.array_equal(pixels, bytes_of(want["pixel_values"], mean, std))
@@ -113,7 +228,7 @@ def test_fixed_sizes_as_clip_and_siglip(size):
     image = picture(*size)
     clip = CLIPImageProcessorPil(size={"shortest_edge": 60}, crop_size={"height": 56, "width": 56})
     want = clip(image, return_tensors="np")["pixel_values"]
-    pixels, _ = see([Clip((image,))], rules_of(patch=14, size=56, shortest=60, class_token=True))
+    pixels, _ = see([held((image,))], rules_of(patch=14, size=56, shortest=60, class_token=True))
     assert pixels.shape == (17, 3 * 14 * 14)
     assert not pixels[0].any()
     got = raster(pixels[1:], 4, 4, 14)
@@ -121,7 +236,7 @@ def test_fixed_sizes_as_clip_and_siglip(size):
     for resample, name in ((3, "bicubic"), (2, "bilinear")):
         siglip = SiglipImageProcessorPil(size={"height": 48, "width": 48}, resample=resample)
         want = siglip(image, return_tensors="np")["pixel_values"]
-        pixels, _ = see([Clip((image,))], rules_of(patch=16, size=48, resampling=name))
+        pixels, _ = see([held((image,))], rules_of(patch=16, size=48, resampling=name))
         got = raster(pixels, 3, 3, 16)
         assert np.array_equal(got[None], bytes_of(want, siglip.image_mean, siglip.image_std))
 
@@ -137,7 +252,7 @@ def test_order_places_and_windows_as_the_tower_of_qwen2_5_vl():
     def windowed(values):
         return values.reshape(len(index), 4, -1)[index].reshape(len(index) * 4, -1)
 
-    pixels, grids = see([Clip((image,)) for image in images], rules)
+    pixels, grids = see([held((image,)) for image in images], rules)
     values = bytes_of(want["pixel_values"], processor.image_mean, processor.image_std)
     assert np.array_equal(pixels, windowed(values))
     places, frames, windows = bounds_of(grids, rules)
@@ -159,7 +274,7 @@ def test_order_places_and_windows_as_the_tower_of_qwen2_5_vl():
 
 def test_a_class_token_is_a_patch_of_its_own():
     rules = rules_of(patch=14, size=28, class_token=True)
-    _, grids = see([Clip((picture(30, 30),))] * 2, rules)
+    _, grids = see([held((picture(30, 30),))] * 2, rules)
     places, frames, windows = bounds_of(grids, rules)
     one = [[-1, -1, 2, 2], [0, 0, 2, 2], [0, 1, 2, 2], [1, 0, 2, 2], [1, 1, 2, 2]]
     assert places.tolist() == one * 2
@@ -174,10 +289,10 @@ def test_a_class_token_is_a_patch_of_its_own():
 def test_a_video_is_cut_in_pairs_and_its_last_frame_repeated():
     rules = rules_of(**QWEN2, video_min_pixels=28 * 28, video_max_pixels=28 * 56)
     frames = tuple(picture(56, 28, seed=seed) for seed in range(3))
-    pixels, (grid,) = see([Clip(frames, True, 2.0)], rules)
+    pixels, (grid,) = see([held(frames, True, 2.0)], rules)
     assert (grid.time, grid.rows, grid.columns, grid.interval) == (2, 2, 4, 1.0)
     assert grid.seconds == (0.25, 1.0)
-    times = [see([Clip((frame,))], rules_of(**QWEN2, min_pixels=1))[0] for frame in frames]
+    times = [see([held((frame,))], rules_of(**QWEN2, min_pixels=1))[0] for frame in frames]
     halves = [each.reshape(8, 3, 2, -1)[:, :, 0] for each in times]
     got = pixels.reshape(2, 8, 3, 2, -1)
     assert np.array_equal(got[0], np.stack([halves[0], halves[1]], axis=2))
@@ -319,14 +434,14 @@ def test_an_image_is_turned_upright():
 )
 def test_what_can_not_be_opened(value, words, tmp_path):
     with pytest.raises(DataError, match=words):
-        opened(value, tmp_path)
+        opened(value, tmp_path).frames  # noqa: B018
 
 
 def test_a_failing_disk_is_no_bad_record(tmp_path, monkeypatch):
-    def read_bytes(_):
+    def fails(_):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    monkeypatch.setattr("omnistep.data.images._read", fails)
     with pytest.raises(OSError, match="Input/output error"):
         opened("a.png", tmp_path)
 
