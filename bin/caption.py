@@ -21,6 +21,7 @@ from omnistep.core import rng
 from omnistep.core.cache import keep_compiled_code_private
 from omnistep.core.config import InferArguments, ModelArguments
 from omnistep.core.param import one_rank
+from omnistep.core.screen import show_error, write_all_characters
 from omnistep.core.tree import Tree
 from omnistep.data.assemble import assemble
 from omnistep.data.errors import DataError
@@ -283,12 +284,13 @@ def _short(text: str, most: int = 34) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    write_all_characters()
     args = _parser().parse_args(argv)
     try:
         keep_compiled_code_private()
         run(args, print)
     except (RunError, DataError, ConfigJsonError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        show_error(error)
         return 1
     return 0
 

@@ -45,6 +45,7 @@ from omnistep.core.config_help import help_text
 from omnistep.core.config_io import COMMAND_LINE, collect, parse, read_command_line, wants_help
 from omnistep.core.config_rules import resolve
 from omnistep.core.param import is_param
+from omnistep.core.screen import show_error, visible, write_all_characters
 from omnistep.core.step import init_state
 from omnistep.core.tree import leaves_with_names, map_with_name
 from omnistep.data.chat import Template
@@ -101,6 +102,7 @@ EXPECTED = (RunError, DataError, ConfigJsonError, CheckpointError, OSError)
 
 
 def main(argv: list[str] | None = None) -> int:
+    write_all_characters()
     argv = sys.argv[1:] if argv is None else argv
     if wants_help(argv):
         print(help_text(CONVERT))
@@ -108,10 +110,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(read_job(argv))
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        show_error(error)
         return 2
     except EXPECTED as error:
-        print(f"error: {error}", file=sys.stderr)
+        show_error(error)
         return 1
     except KeyboardInterrupt:
         print("\nstopped; nothing was written", file=sys.stderr)
@@ -213,9 +215,9 @@ def run(job: Job) -> None:
     else:
         size = to_checkpoint(job, args, model, source)
     text = f"{size / 1e9:.2f} GB" if size > 1e9 else f"{size / 1e6:.2f} MB"
-    print(f"{origin.text} -> {job.to} {job.target}, {text}")
+    show(f"{origin.text} -> {job.to} {job.target}, {text}")
     if job.to == "checkpoint":
-        print(f"train from it with --train.load_checkpoint_path {job.target}")
+        show(f"train from it with --train.load_checkpoint_path {job.target}")
 
 
 def check_target(job: Job) -> None:
@@ -294,7 +296,7 @@ def speech(
     except (DataError, RunError) as error:
         if given.args.model.tokenizer_path is not None:
             raise
-        print(f"no tokenizer is written: {error}; --model.tokenizer_path names one")
+        show(f"no tokenizer is written: {error}; --model.tokenizer_path names one")
         return None, None
 
 
@@ -389,7 +391,7 @@ class Progress:
         rate = self.done / (now - self.began)
         line = f"{self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s  {name}"
         width = shutil.get_terminal_size().columns - 1
-        print(f"\r\033[K{line[:width]}", end="", file=self.stream, flush=True)
+        print(f"\r\033[K{visible(line)[:width]}", end="", file=self.stream, flush=True)
 
 
 if __name__ == "__main__":

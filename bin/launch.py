@@ -20,6 +20,7 @@ import torch.distributed as dist
 from attrs import frozen
 
 from omnistep.core.config import ConfigError
+from omnistep.core.screen import show
 from omnistep.parallel.mesh import destroy_groups, forget_groups
 
 NPROC = "--nproc"
@@ -249,7 +250,7 @@ def fail(launch: Launch, error: Exception, *, expected: bool) -> int:
         trace = "".join(traceback.format_exception(error)).rstrip()
         text = f"error: rank {launch.rank}:\n{trace}"
     if _speaks(launch, error, key, text):
-        print(text, file=sys.stderr, flush=True)
+        show(text, sys.stderr)
     forget_groups()
     return code
 

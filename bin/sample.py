@@ -19,6 +19,7 @@ from omnistep.core.cache import keep_compiled_code_private
 from omnistep.core.config import SAMPLE, ConfigError, InferArguments, ModelArguments
 from omnistep.core.config_help import help_text
 from omnistep.core.config_io import load, wants_help
+from omnistep.core.screen import show, show_error, visible, write_all_characters
 from omnistep.core.tree import Tree
 from omnistep.data.chat import Message, Template, open_template
 from omnistep.data.errors import DataError
@@ -107,6 +108,7 @@ def continuation(infer: InferArguments, model: Model, params: Tree, ask: Ask) ->
 
 
 def main(argv: list[str] | None = None) -> int:
+    write_all_characters()
     argv = sys.argv[1:] if argv is None else argv
     if wants_help(argv):
         print(help_text(SAMPLE))
@@ -116,10 +118,10 @@ def main(argv: list[str] | None = None) -> int:
         args = load(argv, world_size=1, cuda=torch.cuda.is_available(), command=SAMPLE).infer
         run(args)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        show_error(error)
         return 2
     except (RunError, DataError, ConfigJsonError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        show_error(error)
         return 1
     except KeyboardInterrupt:
         print()
@@ -152,7 +154,7 @@ def run(infer: InferArguments) -> None:
     elif infer.prompt_file is not None:
         answer_file(speaker, ask, questions, infer.batch_size)
     else:
-        show(speaker.stream(ask.once(questions[0])))
+        speak(speaker.stream(ask.once(questions[0])))
 
 
 def rules_of(model: Model) -> ImageRules | None:
@@ -252,7 +254,7 @@ def interact(speaker: Speaker, ask: Ask) -> None:
             try:
                 open_clip(Source(path.strip()), "").decode()
             except DataError as error:
-                print(f"error: {error}")
+                show(f"error: {error}")
             else:
                 shown = (*shown, path.strip())
         else:
@@ -260,9 +262,9 @@ def interact(speaker: Speaker, ask: Ask) -> None:
             try:
                 prompt = ask.conversation(asked.record)
             except DataError as error:
-                print(f"error: {error}")
+                show(f"error: {error}")
                 continue
-            answer = show(speaker.stream(prompt, number))
+            answer = speak(speaker.stream(prompt, number))
             talk, shown = asked.turn("assistant", Question(answer)), ()
 
 
@@ -274,11 +276,12 @@ def _lines() -> Iterator[str]:
             return
 
 
-def show(pieces: Iterable[str]) -> str:
-    """Prints a stream as it comes; returns the whole."""
-    said = []
+def speak(pieces: Iterable[str]) -> str:
+    """Prints a stream as it comes; returns the whole. A terminal gets it visibly, a file or pipe as
+    the model said it."""
+    said, seen = [], visible if sys.stdout.isatty() else str
     for piece in pieces:
-        print(piece, end="", flush=True)
+        print(seen(piece), end="", flush=True)
         said.append(piece)
     print()
     return "".join(said)

@@ -21,6 +21,7 @@ from attrs import Factory, define, frozen
 
 from omnistep.bin.launch import FAILURE, LAUNCHER, LOST_PEER
 from omnistep.bin.stop import AT_ONCE, INTERRUPTED, RESUME_ME, WISHES
+from omnistep.core.screen import show
 
 GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL for the ranks that are left when one has failed."""
@@ -35,7 +36,7 @@ def spawn(command: Sequence[str], nproc: int, grace: float = GRACE) -> int:
 
     Rank 0 has our standard output and error. When a rank fails the others are ended, and what it
     said is printed if it was not rank 0; the code is its own, 128 + n where signal n killed it.
-    RESUME_ME when the ranks ended with it. SIGTERM, SIGUSR1 and Ctrl-C reach every rank as
+    RESUME_ME when the ranks ended with it. SIGTERM, SIGUSR1, SIGHUP and Ctrl-C reach every rank as
     SIGTERM; a second Ctrl-C kills them.
     """
     # here, and not in rank 0: it picks a free port by itself, and outlives every rank
@@ -63,7 +64,7 @@ def spawn(command: Sequence[str], nproc: int, grace: float = GRACE) -> int:
         said = store.get(FAILURE).decode() if store.check([FAILURE]) else None
         verdict = blame({rank: codes[rank] for rank in failed}, said, tails)
     for line in verdict.lines:
-        print(line, file=sys.stderr, flush=True)
+        show(line, sys.stderr)
     return verdict.code
 
 
@@ -122,7 +123,8 @@ class _Signals:
 
     def __enter__(self) -> "_Signals":
         for number in (*WISHES, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)
+            if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:

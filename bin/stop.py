@@ -2,6 +2,7 @@
 
 import os
 import signal
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -13,8 +14,9 @@ from omnistep.parallel.mesh import Group
 RESUME_ME = 75
 """Exit code after such a wish: all is saved, the run is not finished (EX_TEMPFAIL)."""
 
-WISHES = (signal.SIGTERM, signal.SIGUSR1)
-"""Signals that wish a run to save and end."""
+WISHES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""Signals that wish a run to save and end. SIGHUP: the terminal or the connection has gone; under
+nohup, which has it ignored, it stays so."""
 
 INTERRUPTED = 130
 """Exit code after a second Ctrl-C, as shells have it: 128 + SIGINT."""
@@ -24,8 +26,9 @@ AT_ONCE = b"interrupted a second time: ended at once, without saving\n"
 
 
 class Stop:
-    """SIGTERM, SIGUSR1 and the first Ctrl-C ask the loop to save and end; a second Ctrl-C ends at
-    once. SLURM warns of the end of a job by the signal that `sbatch --signal` names, often USR1."""
+    """SIGTERM, SIGUSR1, SIGHUP and the first Ctrl-C ask the loop to save and end; a second Ctrl-C
+    ends at once. SLURM warns of the end of a job by the signal that `sbatch --signal` names, often
+    USR1."""
 
     def __init__(self, *, silent: bool = False) -> None:
         self.asked = False
@@ -44,7 +47,8 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         for number in (*WISHES, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._ask)
+            if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:
+                self._before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -55,7 +59,8 @@ class Stop:
         if self.asked and number == signal.SIGINT:
             end_at_once(silent=self._silent)
         if not (self.asked or self._silent):
-            os.write(2, ASKED)
+            with suppress(OSError):  # the terminal may be what has gone
+                os.write(2, ASKED)
         self.asked = True
 
 

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from omnistep.bin import build
 from omnistep.bin.export import export
 from omnistep.bin.launch import Launch, LaunchError, fail, join, leave, read_launch, take_nproc
 from omnistep.bin.model import Model, RunError, param_dtype, read_model, read_weights, with_frozen
+from omnistep.bin.output_lock import OutputLock
 from omnistep.bin.position import Position, start
 from omnistep.bin.report import Dispatched, Meters, Say, report
 from omnistep.bin.spawn import spawn
@@ -30,7 +30,7 @@ from omnistep.core.batch import Batch
 from omnistep.core.cache import keep_compiled_code_private
 from omnistep.core.checkpoint.place import Place, try_to_write
 from omnistep.core.checkpoint.protocol import CheckpointError, CheckpointStore
-from omnistep.core.checkpoint.ranks import all_ranks
+from omnistep.core.checkpoint.ranks import Ranks, all_ranks
 from omnistep.core.checkpoint.store import open_store
 from omnistep.core.config import TRAIN, Arguments, ConfigError
 from omnistep.core.config_help import help_text
@@ -45,6 +45,7 @@ from omnistep.core.logs import (
 )
 from omnistep.core.meters import peak_flops
 from omnistep.core.profile import ProfileConfig, Profiler
+from omnistep.core.screen import show, write_all_characters
 from omnistep.core.step import make_eval_step, make_train_step
 from omnistep.core.tree import Tree, tree_map
 from omnistep.data.errors import DataError
@@ -61,7 +62,12 @@ EXPECTED = (
 """Errors that say all there is to say; others need a traceback."""
 
 
+ALONE = (CheckpointError, RunError)
+"""Errors after which nothing is saved: of saving, or of a run that made nothing worth it."""
+
+
 def main(argv: list[str] | None = None) -> int:
+    write_all_characters()
     argv = sys.argv[1:] if argv is None else argv
     if wants_help(argv):
         print(help_text(TRAIN))
@@ -80,6 +86,8 @@ def main(argv: list[str] | None = None) -> int:
             return leave(run(args, stop, launch.world_size))
     except EXPECTED as error:
         return fail(launch, error, expected=True)
+    except MemoryError as error:
+        return fail(launch, RunError(f"memory has run out {error}".strip()), expected=True)
     except Exception as error:
         if launch.world_size == 1:
             raise
@@ -101,7 +109,7 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
         keep_freed_memory()
     layout = build.make_layout(train, model, mesh)
     first = mesh.rank == 0  # it alone writes logs; checkpoints are written by all
-    say = partial(print, flush=True) if first else lambda text: None
+    say = show if first else lambda text: None
     peak = peak_flops(mesh.device, layout.dtype)  # a CPU's is measured: before others take a core
     together = all_ranks()
     data = build.open_data(args, tokenizer, images, mesh, together, say)
@@ -123,7 +131,7 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
 
     with ExitStack() as stack:
         stack.callback(data.loader.close)
-        make_place("train.output_dir", output)
+        lock_output(output, together, stack)
         checkpoints = build.checkpoint_dir(train)
         if train.checkpoint_dir:
             make_place("train.checkpoint_dir", checkpoints)  # on all ranks: each one writes there
@@ -159,61 +167,69 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
 
         evaluated = together.broadcast(evaluations(output / METRICS_FILE) if first else None)
 
-        def evaluate(at: Position) -> None:
+        def evaluate(at: Position) -> bool:
+            """Whether it came to its end; else the run was asked to stop."""
             if held_out is None:
-                return
+                return True
             if at.step not in evaluated:
-                loss = held_out_loss(eval_step, at.state.params, held_out, key, mesh)
+                loss = held_out_loss(eval_step, at.state.params, held_out, key, mesh, stop)
+                if loss is None:
+                    return False
                 logger.log(at.step, {"eval_loss": loss})
                 evaluated[at.step] = loss
             else:
                 logger.say(f"step {at.step}: held-out loss {evaluated[at.step]:.4f}")
+            return True
 
-        # of a step that was saved, the evaluation may be missing: a kill came in between
-        if position.step == 0 or _due(position.step, train.eval_steps):
-            evaluate(position)
         dispatched: Dispatched | None = None
-        stopping = stop.agreed(mesh.world)
+        stopping, whole = stop.agreed(mesh.world), True
+        try:
+            # of a step that was saved, the evaluation may be missing: a kill came in between
+            if position.step == 0 or _due(position.step, train.eval_steps):
+                stopping = not evaluate(position) or stopping
 
-        while position.step < data.total_steps and not stopping:
-            profiler.step(position.step)
-            waiting = time.perf_counter()
-            try:
+            while position.step < data.total_steps and not stopping:
+                profiler.step(position.step)
+                waiting = time.perf_counter()
                 batch, data_state = next(batches)
-            except DataError:  # on all ranks alike: what was trained is kept
+                waited, whole = time.perf_counter() - waiting, False
+                state, metrics = train_step(position.state, to_device(batch, mesh.device))
+                position = attrs.evolve(position, state=state, data=data_state)
+                whole = True
+                # the device is busy with this step: time to look at what the last one gave
                 position = report(dispatched, position, logger, meter, train.max_skipped_steps)
-                if position.step > 0:
-                    save(store, position)
-                raise
-            waited = time.perf_counter() - waiting
-            state, metrics = train_step(position.state, to_device(batch, mesh.device))
-            position = attrs.evolve(position, state=state, data=data_state)
-            # the device is busy with this step: time to look at what the last one gave
+                dispatched = Dispatched(data_state, metrics, batch, waited)
+
+                stopping = stop.agreed(mesh.world)
+                if position.step == data.total_steps or stopping:
+                    break
+                if _due(position.step, train.save_steps, train.save_epochs * data.epoch_steps):
+                    position = report(dispatched, position, logger, meter, train.max_skipped_steps)
+                    dispatched = None
+                    store.save(position.step, position.tree())
+                if _due(position.step, train.eval_steps):
+                    stopping = not evaluate(position)
+                if _due(position.step, train.empty_cache_steps):
+                    empty_cache()
+
             position = report(dispatched, position, logger, meter, train.max_skipped_steps)
-            dispatched = Dispatched(data_state, metrics, batch, waited)
-
-            stopping = stop.agreed(mesh.world)
-            if position.step == data.total_steps or stopping:
-                break
-            if _due(position.step, train.save_steps, train.save_epochs * data.epoch_steps):
+            save(store, position)
+        except BaseException as error:
+            # Whatever ends a run: what was trained is kept. On several ranks only where all meet
+            # the same error at the same step, for they save together; the data's errors are so.
+            together_met = world_size == 1 or isinstance(error, DataError)
+            if whole and together_met and position.step > 0 and not isinstance(error, ALONE):
                 position = report(dispatched, position, logger, meter, train.max_skipped_steps)
-                dispatched = None
-                store.save(position.step, position.tree())
-            if _due(position.step, train.eval_steps):
-                evaluate(position)
-            if _due(position.step, train.empty_cache_steps):
-                empty_cache()
-
-        position = report(dispatched, position, logger, meter, train.max_skipped_steps)
-        save(store, position)
+                save(store, position)
+                logger.say(f"saved at step {position.step}, since the run ends")
+            raise
         meter.saves()
-        if stopping and position.step < data.total_steps:
+        if (stopping and position.step < data.total_steps) or not evaluate(position):
             logger.say(
                 f"stopped and saved at step {position.step}; go on with "
                 "--train.load_checkpoint_path auto"
             )
             return RESUME_ME
-        evaluate(position)
         if train.save_hf_weights:
             template = build.open_chat_template(args.data, tokenizer, images)
             weights = export_weights(model.tree, model.names, position.state.params, layout)
@@ -221,6 +237,21 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
     if first:
         finish(args, output, model, images, position, mesh, logger.say)
     return 0
+
+
+def lock_output(output: Path, ranks: Ranks, stack: ExitStack) -> None:
+    """Has rank 0 hold the output_dir, before anything is written. Raises CheckpointError on all ranks:
+    nothing can be written there, or another run writes."""
+
+    def hold() -> None:
+        try:
+            str(output).encode("utf-8")
+        except UnicodeEncodeError:
+            raise RunError("train.output_dir: the name of a directory must be UTF-8") from None
+        make_place("train.output_dir", output)
+        stack.enter_context(OutputLock(output, show))
+
+    ranks.ask_first(hold)
 
 
 def save(store: CheckpointStore, position: Position) -> None:
@@ -248,10 +279,16 @@ def make_place(argument: str, directory: Place) -> None:
 
 
 def held_out_loss(
-    eval_step: Callable[..., Any], params: Tree, loader: Loader, key: Tensor, mesh: Mesh
-) -> float:
-    """Mean loss per target over the whole set, in nats. Data ranks take the batches in turn; where
-    they run out, some take the last one again at no weight."""
+    eval_step: Callable[..., Any],
+    params: Tree,
+    loader: Loader,
+    key: Tensor,
+    mesh: Mesh,
+    stop: Stop,
+) -> float | None:
+    """Mean loss per target over the whole set, in nats; None where the run was asked to stop
+    meanwhile. Data ranks take the batches in turn; where they run out, some take the last one again
+    at no weight."""
     total, weight, me = 0.0, 0.0, mesh.index("dp_replicate", "dp_shard")
     batches = loader.eval_batches()
     while some := list(itertools.islice(batches, mesh.data_ranks)):
@@ -260,6 +297,8 @@ def held_out_loss(
             batch = attrs.evolve(batch, weights=torch.zeros_like(batch.weights))
         sums = eval_step(params, to_device(batch, mesh.device), key)
         total, weight = total + float(sums[0]), weight + float(sums[1])
+        if stop.agreed(mesh.world):
+            return None
     return total / max(weight, 1.0)
 
 
@@ -301,7 +340,10 @@ def finish(
     say: Say,
 ) -> None:
     """The picture, a sample of what was learned, and where everything is."""
-    plot_losses(output / METRICS_FILE, output / "loss.png")
+    try:
+        plot_losses(output / METRICS_FILE, output / "loss.png")
+    except Exception as error:  # a picture: matplotlib, its fonts, the disk
+        say(f"no loss.png: {error}")
     params, hf = position.state.params, output / "hf"
     if args.infer.prompt is not None and mesh.world.size > 1 and not args.train.save_hf_weights:
         say("no sample of text: with several ranks it needs train.save_hf_weights")

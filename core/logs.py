@@ -11,10 +11,13 @@ import netrc
 import os
 import queue
 import socket
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,6 +26,8 @@ from urllib.parse import urlsplit
 from attrs import define, field, frozen
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from omnistep.core.screen import informs, show, visible
 
 Metrics = Mapping[str, float | list[float]]
 METRICS_FILE = "metrics.jsonl"
@@ -35,7 +40,8 @@ class Logger:
     `resumed_step`: the updates the restored state had done; later steps in metrics.jsonl are
     of a run that was cut off, will be done again, and are dropped. On a terminal there is a
     bar, elsewhere a line every `interval` seconds. A `silent` one, for all ranks but the first,
-    writes and shows nothing.
+    writes and shows nothing. None of it ends a run: what can't be shown is said once on standard
+    error, and rows that can't be written wait for the next one.
     """
 
     output_dir: Path
@@ -46,7 +52,7 @@ class Logger:
     console: Console = field(factory=Console)
     _bar: "_Bar | None" = field(default=None, init=False)
     _said: float = field(default=-math.inf, init=False)
-    _file: Any = field(default=None, init=False)
+    _rows: "_Rows | None" = field(default=None, init=False)
     wandb: "Wandb | None" = field(default=None, init=False)
     """Set by whoever wants one, unless silent: `logger.wandb = Wandb(config, logger.say)`."""
 
@@ -56,7 +62,7 @@ class Logger:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         path = self.output_dir / METRICS_FILE
         drop_steps_after(path, self.resumed_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._rows = _Rows(path)
         if self.console.is_terminal:
             self._bar = _Bar(self.console, self.total_steps, self.resumed_step)
 
@@ -64,28 +70,34 @@ class Logger:
         """Records what step `step` (1 is the run's first) measured."""
         if self.silent:
             return
-        self._file.write(json.dumps({"step": step, **_finite(metrics)}) + "\n")
-        self._file.flush()
+        if self._rows is not None:
+            self._rows.write(json.dumps({"step": step, **_finite(metrics)}) + "\n")
         numbers = {name: x for name, x in metrics.items() if not isinstance(x, list)}
         if self.wandb is not None:
             self.wandb.log(step, numbers)
         line, now = status(numbers), time.monotonic()
         if self._bar is not None:
-            self._bar.show(step, line)
+            self._inform(partial(self._bar.show, step, line))
         elif line and (now - self._said >= self.interval or step >= self.total_steps):
             self._said = now
-            self.console.print(f"step {step}/{self.total_steps}  {line}", **_PLAIN)
+            self._print(f"step {step}/{self.total_steps}  {line}")
 
     def say(self, text: str) -> None:
         """A line for whoever watches; a bar stays below it."""
         if not self.silent:
-            self.console.print(text, **_PLAIN)
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        self._inform(partial(self.console.print, visible(text), **_PLAIN))
+
+    def _inform(self, action: Callable[[], object]) -> None:
+        informs(action, self.console.file)  # pyright: ignore[reportArgumentType]
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
-        if self._file is not None:
-            self._file.close()
+            self._inform(self._bar.stop)
+        if self._rows is not None:
+            self._rows.close()
         if self.wandb is not None:
             self.wandb.close()
 
@@ -130,17 +142,55 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
+class _Rows:
+    """The end of metrics.jsonl. Rows that can't be written (the disk is full) are kept and written
+    with the next one; that is said once."""
+
+    MOST = 100_000
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._waiting, self._told = path, b"", False
+        self._file = path.open("ab", buffering=0)
+        self._size = path.stat().st_size
+
+    def write(self, row: str) -> None:
+        self._waiting = (self._waiting + row.encode())[-self.MOST * 1000 :]
+        try:
+            while self._waiting:
+                written = self._file.write(self._waiting) or 0
+                self._waiting, self._size = self._waiting[written:], self._size + written
+        except OSError as error:
+            if not self._told:
+                self._told = True
+                reason = error.strerror or error
+                show(f"{self._path} can't be written ({reason}): the run goes on", sys.stderr)
+
+    def close(self) -> None:
+        if self._waiting:
+            self.write("")
+        with suppress(OSError):
+            self._file.close()
+
+
 class _Bar:
-    """rich's progress bar with our figures behind it."""
+    """rich's progress bar with our figures behind it. Drawn as steps end, by no thread of its own:
+    that one's errors would be nobody's."""
+
+    EVERY = 0.25
+    """Seconds between two drawings."""
 
     def __init__(self, console: Console, total: int, done: int) -> None:
         columns = BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}")
-        self._progress = Progress(*columns, console=console, refresh_per_second=4)
+        self._progress = Progress(*columns, console=console, auto_refresh=False)
         self._task = self._progress.add_task("", total=total, completed=done)
+        self._drawn = -math.inf
         self._progress.start()
 
     def show(self, step: int, line: str) -> None:
         self._progress.update(self._task, completed=step, description=line)
+        if (now := time.monotonic()) - self._drawn >= self.EVERY:
+            self._drawn = now
+            self._progress.refresh()
 
     def stop(self) -> None:
         self._progress.stop()
@@ -154,7 +204,7 @@ def drop_steps_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = "".join(json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step)
-    if kept == path.read_text(encoding="utf-8"):
+    if kept.encode() == path.read_bytes():
         return
     # replaced, not rewritten: whoever kills us meanwhile finds the old file or the new one
     draft = path.with_suffix(".tmp")
@@ -163,12 +213,13 @@ def drop_steps_after(path: Path, step: int) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl in order; a value that was not finite reads None."""
+    """The rows of a metrics.jsonl in order; a value that was not finite reads None. Lines that are
+    no rows (a kill cut them off, a disk changed them) are left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
@@ -287,7 +338,9 @@ def offline_reason(timeout: float = 3.0) -> str | None:
 
 
 def _netrc_knows(host: str) -> bool:
-    paths = [os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc"]
+    paths: list[Any] = [os.environ.get("NETRC")]
+    with suppress(RuntimeError):  # a user without a home
+        paths += [Path.home() / ".netrc", Path.home() / "_netrc"]
     for path in paths:
         try:
             if path and netrc.netrc(path).authenticators(host):

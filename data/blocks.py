@@ -184,6 +184,8 @@ def answer(task: Task, last: bool, samples: "Samples", rules: BlockRules) -> Ans
         block = make_block(task, last, samples, rules)
     except DataError as error:
         return Failure(str(error))
+    except (OSError, MemoryError) as error:
+        return Failure(f"the data can't be read: {str(error) or type(error).__name__}")
     return Counted(task, last, len(block.ends), block.losses) if task.count else block
 
 

@@ -312,7 +312,7 @@ class Loader:
         mine = self._iteration
         self._ended.clear()
         self._tasks.pending = self._share(tasks)
-        for own in self._blocks:
+        for own in self._own(iter(self._blocks)):
             for answer in self.ranks.gather(own):
                 if isinstance(answer, Failure):
                     raise DataError(answer.message)
@@ -326,6 +326,26 @@ class Loader:
                         "this iteration over the loader has ended: another was started, or the "
                         "loader was closed. Make a second loader to read side by side"
                     )
+
+    def _own(self, blocks: Iterator[Any]) -> Iterator[Any]:
+        """What this rank's workers return. What goes wrong here alone, such as a worker that was
+        killed, becomes an answer, so that all ranks meet it together."""
+        while True:
+            try:
+                yield next(blocks)
+            except StopIteration:
+                return
+            except (OSError, MemoryError) as error:  # with a worker's traceback before it
+                reason = str(error).strip().split("\n")[-1] or type(error).__name__
+                yield Failure(f"the data can't be read: {reason}")
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                which = str(error).split("\n")[0]
+                yield Failure(
+                    f"{which}. The system kills processes where memory lacks: try fewer "
+                    "data.num_workers, or a machine with more memory"
+                )
 
     def _share(self, tasks: Iterable[Task]) -> Iterator[Task | None]:
         """This rank's part of each round of tasks, one a rank; None where a round is not full."""

@@ -69,7 +69,7 @@ class StreamReader:
         file, start = self._file(task), task.block * self.samples
         try:
             unread = self._records(file, start)
-        except DataError as error:
+        except (DataError, OSError) as error:
             self._open = None
             return Failure(str(error))
         order = list(range(len(unread)))
