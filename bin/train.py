@@ -240,8 +240,8 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
 
 
 def lock_output(output: Path, ranks: Ranks, stack: ExitStack) -> None:
-    """Has rank 0 hold the output_dir, before anything is written. Raises CheckpointError on all ranks:
-    nothing can be written there, or another run writes."""
+    """Has rank 0 hold the output_dir, before anything is written. Raises CheckpointError on all
+    ranks: nothing can be written there, or another run writes."""
 
     def hold() -> None:
         try:

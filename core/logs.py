@@ -151,14 +151,13 @@ class _Rows:
     def __init__(self, path: Path) -> None:
         self._path, self._waiting, self._told = path, b"", False
         self._file = path.open("ab", buffering=0)
-        self._size = path.stat().st_size
 
     def write(self, row: str) -> None:
         self._waiting = (self._waiting + row.encode())[-self.MOST * 1000 :]
         try:
             while self._waiting:
                 written = self._file.write(self._waiting) or 0
-                self._waiting, self._size = self._waiting[written:], self._size + written
+                self._waiting = self._waiting[written:]
         except OSError as error:
             if not self._told:
                 self._told = True

@@ -2,10 +2,12 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -88,7 +90,8 @@ class Loader:
             generator=torch.Generator(),  # else it draws from torch's global generator
         )
         if workers > 0:
-            iter(self._blocks)  # starts the workers, with nothing to do yet
+            with _no_errors_by_signal():
+                iter(self._blocks)  # starts the workers, with nothing to do yet
 
     def batches(self, state: DataState | None = None) -> Iterator[tuple[Batch, DataState]]:
         """The batches from `state` on, without end; with each the state after it.
@@ -383,6 +386,17 @@ def make_loader(
     """
     pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
     return Loader(config, reader, pad_id, ranks, warn)
+
+
+@contextmanager
+def _no_errors_by_signal() -> Iterator[None]:
+    """Takes back the handler of SIGCHLD that the DataLoader sets: where a worker dies, it raises an
+    error in the middle of whatever this process does. Reading finds it out, too."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if main and before is not None:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _identity(result: Any) -> Any:

@@ -67,7 +67,8 @@ def assert_same_run(output, alone) -> None:
     assert ours.infos.keys() == theirs.infos.keys()
     for name in theirs.infos:
         a, b = ours.read(name), theirs.read(name)
-        assert (a - b).norm() < 1e-5 * b.norm(), name
+        # six steps of Adam: what it divides by is small, and tells roundings of machines apart
+        assert (a - b).norm() < 1e-4 * b.norm(), name
 
 
 @pytest.mark.parametrize("mesh", MESHES)

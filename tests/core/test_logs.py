@@ -6,12 +6,21 @@ import math
 import sys
 import threading
 import types
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from omnistep.core import logs
-from omnistep.core.logs import Logger, Wandb, WandbConfig, plot_losses, read_metrics, status
+from omnistep.core.logs import (
+    Logger,
+    Wandb,
+    WandbConfig,
+    offline_reason,
+    plot_losses,
+    read_metrics,
+    status,
+)
 
 METRICS = {
     "loss": 2.5,
@@ -202,3 +211,64 @@ def test_plot_of_an_empty_run(tmp_path):
 def test_smoothing_is_a_centred_mean_that_skips_gaps():
     assert logs._smooth([1.0, 2.0, 6.0, math.nan, 8.0], 1) == [1.0, 3.0, 4.0, 7.0, 8.0]
     assert logs._smooth([3.0, 1.0], 0) == [3.0, 1.0]
+
+
+def test_bytes_that_are_no_text_are_no_row(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2.0}\n{"step": 2, "lo\xff": 1}\n\xff\xfe\n{"step": 3}\n')
+    assert [row["step"] for row in read_metrics(path)] == [1, 3]
+    with Logger(tmp_path, 5, resumed_step=3) as logger:
+        logger.log(4, {"loss": 1.0})
+    assert [row["step"] for row in read_metrics(path)] == [1, 3, 4]
+
+
+def test_rows_wait_for_room_on_the_disk(tmp_path, capsys):
+    """And a run goes on meanwhile."""
+    full = True
+
+    class Disk:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, content):
+            if not full:
+                return self.file.write(content)
+            if content.startswith(b"{"):
+                return self.file.write(content[:7])  # as much as there was room for
+            raise OSError(28, "No space left on device")
+
+        def close(self):
+            self.file.close()
+
+    with Logger(tmp_path, 5) as logger:
+        assert logger._rows is not None
+        logger._rows._file = Disk(logger._rows._file)
+        logger.log(1, {"loss": 1.0})
+        logger.log(2, {"loss": 2.0})
+        full = False
+        logger.log(3, {"loss": 3.0})
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    said = capsys.readouterr().err
+    assert said.count("metrics.jsonl can't be written (No space left on device)") == 1
+
+
+def test_a_console_that_breaks_does_not_end_a_run(tmp_path, capsys):
+    class Gone(io.StringIO):
+        def write(self, _):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    with Logger(tmp_path, 5, console=Console(file=Gone()), interval=0) as logger:
+        for step in range(1, 4):
+            logger.log(step, {"loss": 1.0})
+            logger.say("\x1b[2J")
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
+    assert capsys.readouterr().err.count("standard output can't be written") == 1
+
+
+def test_without_a_home_wandb_is_offline(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert offline_reason() == "no API key (WANDB_API_KEY or `wandb login`)"
