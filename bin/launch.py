@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Literal
 
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from attrs import frozen
 
+from omnistep.bin.heartbeat import LOST_PEER, Heartbeat
 from omnistep.core.config import ConfigError
 from omnistep.core.screen import show
 from omnistep.parallel.mesh import destroy_groups, forget_groups
@@ -32,9 +34,6 @@ FAILURE = "omnistep/failure"
 
 LOST = "omnistep/lost"
 """The same of the first rank that failed because it missed another one."""
-
-LOST_PEER = 69
-"""Exit code of a rank that missed another one (EX_UNAVAILABLE)."""
 
 HEAD_START = 1.0
 """Seconds that a failed rank leaves to rank 0, which mostly fails in the same way, to say why."""
@@ -163,13 +162,16 @@ def _integer(environ: Mapping[str, str], name: str, default: int | None = None) 
 # ---- joining and leaving -------------------------------------------------------------------
 
 
-def join(
-    launch: Launch, device_kind: Literal["cpu", "cuda"], timeout: timedelta = timedelta(minutes=30)
-) -> None:
+COLLECTIVE = timedelta(minutes=30)
+"""What a collective waits at most: ranks that compile may be minutes apart."""
+
+
+def join(launch: Launch, device_kind: Literal["cpu", "cuda"], rank_timeout: float = 120.0) -> None:
     """Makes this process one of the ranks of torch.distributed; nothing where it is the only one.
 
     Ranks talk by gloo between CPU tensors, by nccl between those of a GPU; each takes the GPU of
-    its local rank. `timeout`: for the others to arrive, and then for each collective.
+    its local rank. `rank_timeout`: seconds that the others have to come, and then a rank without a
+    sign of life to live. Raises LaunchError where they do not all come.
     """
     if launch.world_size == 1:
         return
@@ -180,14 +182,103 @@ def join(
         device = torch.device("cuda", pick_gpu(launch, torch.cuda.device_count()))
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
+    store = meet(launch, rank_timeout)
     dist.init_process_group(
         backend,
-        init_method=f"tcp://{launch.host}:{launch.port}",
+        store=dist.PrefixStore("torch", store),
         rank=launch.rank,
         world_size=launch.world_size,
-        timeout=timeout,
+        timeout=COLLECTIVE,
         device_id=device,
     )
+    Heartbeat(
+        lambda timeout: _of_this_attempt(_connect(launch, timeout)),
+        launch.rank,
+        launch.world_size,
+        rank_timeout,
+        told=lambda line: _tell_launcher(launch, line),
+    ).start()
+
+
+def meet(launch: Launch, patience: float) -> dist.Store:
+    """Waits until all ranks of this attempt have come to the store, and returns it.
+
+    After a restart (torchrun --max-restarts) a rank may reach the store of the attempt before,
+    which goes away in a moment: then it comes again. Raises LaunchError that names the ranks that
+    did not come, or the store's address.
+    """
+    deadline, serves = time.monotonic() + patience, launch.rank == 0 and not _agent_has_store()
+    while True:
+        left = max(deadline - time.monotonic(), 1.0)
+        try:
+            base = _connect(launch, timedelta(seconds=left), serves=serves)
+        except dist.DistError as error:
+            in_use = "EADDRINUSE" in str(error) or "in use" in str(error)
+            if in_use and time.monotonic() < min(deadline, deadline - patience + 10):
+                time.sleep(0.5)  # by the attempt before
+                continue
+            reason = "it is in use" if in_use else lost_peer(error)
+            raise LaunchError(
+                f"the ranks meet at {launch.host}:{launch.port}, which does not work: {reason}. "
+                "MASTER_ADDR and MASTER_PORT set another place"
+            ) from None
+        store = _of_this_attempt(base)
+        try:
+            store.set(f"here/{launch.rank}", "")
+            store.add("here", 1)
+            while store.add("here", 0) < launch.world_size:
+                if time.monotonic() > deadline:
+                    raise LaunchError(_missing(store, launch, patience))
+                time.sleep(0.05)
+            return store
+        except dist.DistError as error:
+            if serves or time.monotonic() > deadline:
+                raise LaunchError(f"rank 0 is gone: {lost_peer(error)}") from None
+
+
+def _missing(store: dist.Store, launch: Launch, patience: float) -> str:
+    ranks = range(launch.world_size)
+    missing = [str(rank) for rank in ranks if not store.check([f"here/{rank}"])]
+    who = ", ".join(missing[:20]) + (", …" if len(missing) > 20 else "")
+    return (
+        f"of {launch.world_size} ranks {len(missing)} did not come within {patience:.0f} s "
+        f"(train.rank_timeout): {who}"
+    )
+
+
+def _connect(launch: Launch, timeout: timedelta, *, serves: bool = False) -> dist.Store:
+    return dist.TCPStore(
+        launch.host,
+        launch.port,
+        is_master=serves,
+        wait_for_workers=False,
+        timeout=timeout,
+    )
+
+
+def _agent_has_store() -> bool:
+    """torchrun's agent, or our own launcher, serves the store."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _of_this_attempt(store: dist.Store) -> dist.Store:
+    """Where the store outlives ranks, those that are started again must not find what the first
+    ones wrote."""
+    return dist.PrefixStore(f"omnistep/{_attempt()}", store)
+
+
+def _attempt() -> str:
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def _tell_launcher(launch: Launch, line: str) -> None:
+    """So that `spawn` prints what a rank says whose standard error it keeps."""
+    with suppress(dist.DistError):
+        _connect(launch, timedelta(seconds=2)).set(_key(FAILURE), f"{launch.rank}\n{line}")
+
+
+def _key(name: str) -> str:
+    return name if _attempt() == "0" else f"{name}/{_attempt()}"
 
 
 def leave(code: int) -> int:
@@ -280,7 +371,7 @@ def _speaks(launch: Launch, error: Exception, key: str, text: str) -> bool:
         store = dist.TCPStore(
             launch.host, launch.port, is_master=False, timeout=timedelta(seconds=2)
         )
-        is_first = store.compare_set(key, "", mine).decode() == mine
-        return is_first and (key == FAILURE or not store.check([FAILURE]))
+        is_first = store.compare_set(_key(key), "", mine).decode() == mine
+        return is_first and (key == FAILURE or not store.check([_key(FAILURE)]))
     except (OSError, dist.DistError):
         return False  # it was rank 0's, which has gone, and has said why

@@ -7,6 +7,7 @@ it looks like torchrun.
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,8 @@ from typing import Any
 import torch.distributed as dist
 from attrs import Factory, define, frozen
 
-from omnistep.bin.launch import FAILURE, LAUNCHER, LOST_PEER
+from omnistep.bin.heartbeat import LOST_PEER
+from omnistep.bin.launch import FAILURE, LAUNCHER
 from omnistep.bin.stop import AT_ONCE, INTERRUPTED, RESUME_ME, WISHES
 from omnistep.core.screen import show
 
@@ -40,7 +42,7 @@ def spawn(command: Sequence[str], nproc: int, grace: float = GRACE) -> int:
     SIGTERM; a second Ctrl-C kills them.
     """
     # here, and not in rank 0: it picks a free port by itself, and outlives every rank
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = _serve_store()
     with tempfile.TemporaryDirectory(prefix="omnistep-") as folder, _Signals() as signals:
         errors = [Path(folder, f"{rank}") for rank in range(nproc)]
         ranks: list[subprocess.Popen[bytes]] = []
@@ -66,6 +68,20 @@ def spawn(command: Sequence[str], nproc: int, grace: float = GRACE) -> int:
     for line in verdict.lines:
         show(line, sys.stderr)
     return verdict.code
+
+
+def _serve_store() -> dist.TCPStore:
+    """Serves a store on a free port of this machine, for this machine alone: torch itself would
+    listen on all of its addresses."""
+    listening = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    port = listening.getsockname()[1]
+    return dist.TCPStore(
+        "127.0.0.1",
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listening.detach(),
+    )
 
 
 def rank_environment(

@@ -81,7 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         args = load(argv, world_size=ranks, cuda=cuda, command=TRAIN)
         if nproc > 1:
             return spawn([sys.executable, "-m", "omnistep.bin.train", *argv], nproc)
-        join(launch, "cuda" if cuda and args.train.init_device != "cpu" else "cpu")
+        device_kind = "cuda" if cuda and args.train.init_device != "cpu" else "cpu"
+        join(launch, device_kind, args.train.rank_timeout)
         with Stop(silent=launch.rank > 0) as stop:
             return leave(run(args, stop, launch.world_size))
     except EXPECTED as error:

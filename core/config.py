@@ -153,6 +153,11 @@ class TrainArguments:
     max_skipped_steps: int = arg(
         10, "steps in a row with a non-finite gradient after which the run stops", POSITIVE
     )
+    rank_timeout: float = arg(
+        120.0,
+        "seconds until a rank that does not come, or gives no sign of life, is named: the run ends",
+        POSITIVE,
+    )
     micro_batch_size: int = arg(
         1, "per device: sequences, or when packing units of max_seq_len tokens", POSITIVE
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from omnistep.bin.launch import fail, join, leave, read_launch
+from omnistep.bin.launch import LaunchError, fail, join, leave, read_launch
 from omnistep.bin.spawn import spawn
 from omnistep.bin.stop import RESUME_ME, Stop
 from omnistep.core.config import ConfigError
@@ -29,11 +29,11 @@ def main(argv: list[str]) -> int:
     case, chosen = argv[0], int(argv[1]) if argv[1:] else 0
     me = read_launch(os.environ)
     try:
-        join(me, "cpu")
+        join(me, "cpu", float(os.environ.get("RANK_TIMEOUT", "120")))
         mesh = make_mesh({"dp_shard": me.world_size}, torch.device("cpu"))
         with Stop(silent=me.rank > 0) as stop:
             return leave(act(case, mesh, stop, mesh.rank == chosen))
-    except ConfigError as error:
+    except (ConfigError, LaunchError) as error:
         return fail(me, error, expected=True)
     except Exception as error:
         return fail(me, error, expected=False)
@@ -60,6 +60,10 @@ def act(case: str, mesh: Mesh, stop: Stop, is_chosen: bool) -> int:
     if is_chosen and case == "exit":
         print("the last words", file=sys.stderr, flush=True)
         os._exit(7)
+    if is_chosen and case == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if is_chosen and case == "restart" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
     if case == "stuck" and not is_chosen:
         time.sleep(600)
     if case == "stuck":

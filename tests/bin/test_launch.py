@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,18 +11,19 @@ from pathlib import Path
 import pytest
 
 from omnistep.bin import train
+from omnistep.bin.heartbeat import LOST_PEER, Heartbeat
 from omnistep.bin.launch import (
-    LOST_PEER,
     Launch,
     LaunchError,
     first_host,
     lost_peer,
+    meet,
     pick_gpu,
     read_launch,
     slurm_port,
     take_nproc,
 )
-from omnistep.bin.spawn import GRACE, Verdict, blame, rank_environment, spawn
+from omnistep.bin.spawn import GRACE, Verdict, _serve_store, blame, rank_environment, spawn
 from omnistep.bin.stop import ASKED, AT_ONCE, INTERRUPTED, RESUME_ME
 from omnistep.core.config import ConfigError
 from tests.bin.runs import call, settings, wait_until, words
@@ -194,8 +196,8 @@ def launch(plain_server: ForkServer, tmp_path: Path) -> Callable[..., Job]:
     """Starts `case`, in which one of two ranks is chosen. Each rank that has joined puts a file
     into tmp_path, named by its process id."""
 
-    def start(case: str, chosen: int = 0, grace: float = GRACE) -> Job:
-        argv, ready = [case, chosen, grace], {"READY": str(tmp_path)}
+    def start(case: str, chosen: int = 0, grace: float = GRACE, timeout: float = 120) -> Job:
+        argv, ready = [case, chosen, grace], {"READY": str(tmp_path), "RANK_TIMEOUT": str(timeout)}
         return plain_server.start("tests.bin.rank:launch", argv, ranks=2, environ=ready)
 
     return start
@@ -269,6 +271,88 @@ def test_asked_to_stop_all_ranks_stop_at_the_same_step(number, launch, tmp_path)
     assert result.code == RESUME_ME
     assert result.out.splitlines() == ["rank 0 of 2", "the same step"]
     assert result.err == ASKED.decode()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_stopped_is_named(rank, launch):
+    err = failed(launch("stopped", rank, timeout=2).wait(), LOST_PEER)
+    (line,) = err.splitlines()
+    assert line.startswith(f"error: rank {rank} has given no sign of life for 2 s (train.rank_time")
+
+
+def test_a_rank_that_does_not_come_is_named(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    me = Launch(0, 3, 0, "127.0.0.1", port, "srun")
+    with pytest.raises(LaunchError, match=r"of 3 ranks 2 did not come within 1 s .*: 1, 2$"):
+        meet(me, 1)
+
+
+def test_a_port_that_is_taken_is_told():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        me = Launch(0, 2, 0, "127.0.0.1", port, "srun")
+        with pytest.raises(LaunchError, match=rf"meet at 127.0.0.1:{port}, .*: it is in use"):
+            meet(me, 1)
+
+
+def test_the_launchers_store_is_for_this_machine_alone():
+    store = _serve_store()
+    listening = [
+        line.split()[1]
+        for name in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()
+        if line.split()[1].endswith(f":{store.port:04X}") and line.split()[3] == "0A"
+    ]
+    assert listening == [f"0100007F:{store.port:04X}"]
+
+
+@pytest.mark.parametrize("how", ["--standalone", "static"])
+def test_torchrun_starts_ranks_again(how, tmp_path):
+    """After a rank was killed; the new ones must not meet what the first ones left in the store."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    place = ["--standalone"] if how == "--standalone" else ["--master-port", str(port)]
+    command = [sys.executable, "-m", "torch.distributed.run", *place, "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", "-m", "tests.bin.rank", "restart", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("rank 0 of 2") == 2
+
+
+class Beats(dict):
+    """A store of this process; the clock stands still."""
+
+    def check(self, keys):
+        return all(key in self for key in keys)
+
+    def get(self, key):
+        return self[key]
+
+    def set(self, key, value):
+        self[key] = value
+
+    def compare_set(self, key, expected, value):
+        return self.setdefault(key, value).encode()
+
+
+def test_who_is_silent():
+    store, told = Beats(), []
+    first, second = (Heartbeat(lambda _: store, rank, 3, 8.0, told.append) for rank in (0, 1))
+    assert first.look(0) is None
+    assert second.look(0) is None
+    for now in (4, 8, 12):
+        store["beat/2"] = str(now) if now < 8 else "4"
+        assert second.look(now) is None
+        assert (first.look(now) is None) == (now < 13)
+    line = first.look(12.1)
+    assert line is not None
+    assert line.startswith("error: rank 2 has given no sign of life for 8 s")
+    assert told == [line]
+    ended = []
+    second.end = ended.append
+    assert second.look(12.2) is None
+    assert ended == [LOST_PEER]
 
 
 def test_interrupted_twice_they_end_at_once(launch, tmp_path):

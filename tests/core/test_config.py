@@ -115,6 +115,7 @@ ADDED = {
     *("train.keep_checkpoint_every", "train.checkpoint_format"),
     *(
         "train.max_skipped_steps",
+        "train.rank_timeout",
         "train.data_parallel_replicate_size",
         "infer.prompt",
         "infer.prompt_file",
