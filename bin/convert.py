@@ -40,12 +40,13 @@ from omnistep.core.checkpoint.ranks import ALONE
 from omnistep.core.checkpoint.safetensors import INDEX, SINGLE
 from omnistep.core.checkpoint.shards import Streamed, chunk_shape
 from omnistep.core.checkpoint.store import open_store
-from omnistep.core.config import Arguments, Command, ConfigError
+from omnistep.core.config import Arguments, Command
+from omnistep.core.config_errors import ConfigError
 from omnistep.core.config_help import help_text
 from omnistep.core.config_io import COMMAND_LINE, collect, parse, read_command_line, wants_help
 from omnistep.core.config_rules import resolve
 from omnistep.core.param import is_param
-from omnistep.core.screen import show_error, visible, write_all_characters
+from omnistep.core.screen import show, show_error, visible, write_all_characters
 from omnistep.core.step import init_state
 from omnistep.core.tree import leaves_with_names, map_with_name
 from omnistep.data.chat import Template

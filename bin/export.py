@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from omnistep.bin.model import PREPROCESSOR, PROCESSOR, VIDEO, Model
+from omnistep.bin.model import GENERATION, PREPROCESSOR, PROCESSOR, VIDEO, Model, stop_tokens
 from omnistep.core.checkpoint.pieces import LazyTensor
 from omnistep.core.checkpoint.ranks import Ranks
 from omnistep.core.checkpoint.weight_files import write_weights
@@ -17,7 +17,6 @@ from omnistep.data.tokenizer import Tokenizer
 from omnistep.data.turns import turn_end
 from omnistep.models.hf_config import ARCHITECTURES, written_config
 
-GENERATION = "generation_config.json"
 OTHER_FILES = (GENERATION, PREPROCESSOR, VIDEO, PROCESSOR)
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -27,7 +26,11 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "vocab.json",
     "merges.txt",
+    "tokenizer.model",
+    "tekken.json",
 )
+MORE_TEMPLATES = "additional_chat_templates"
+"""A folder beside these."""
 
 
 def export(
@@ -62,29 +65,33 @@ def write_config(
     tokenizer: Tokenizer | None,
     template: Template | None,
 ) -> set[str]:
-    """config.json as the model was given, with what it is now; generation_config.json where a turn
-    ends with a token of its own. Returns the names of the files."""
+    """config.json as the model was given, with what it is now; generation_config.json, where it had
+    one or a turn ends with a token of its own. Of tokens that end an answer the model's own come
+    first. Returns the names of the files."""
     stale = ("torch_dtype", "quantization_config")  # dtype's older name; of what was read, if any
     config = {k: v for k, v in written_config(model.raw, model.cfg).items() if k not in stale}
     config["architectures"] = [ARCHITECTURES[config["model_type"]]]
     config["dtype"] = str(dtype).removeprefix("torch.")
-    if tokenizer is not None and template is not None:
-        end = turn_end(template, tokenizer)
-        ends = sorted({tokenizer.eos_id} | (set() if end is None else {end}))
-        config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-        generation = {"eos_token_id": config["eos_token_id"]}
-        _write(directory / GENERATION, json.dumps(generation, indent=2) + "\n")
+    ends: list[int] = []
     if tokenizer is not None:
-        config.setdefault("eos_token_id", tokenizer.eos_id)
+        ends = stop_tokens(model, tokenizer.eos_id)
+        end = None if template is None else turn_end(template, tokenizer)
+        ends += [] if end is None or end in ends else [end]
+        config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    generation = dict(model.generation)
+    if generation or template is not None:
+        generation |= {"eos_token_id": config["eos_token_id"]} if ends else {}
+        _write(directory / GENERATION, json.dumps(generation, indent=2) + "\n")
     _write(directory / "config.json", json.dumps(config, indent=2) + "\n")
     for name, content in model.preprocessors.items():
         _write(directory / name, json.dumps(content, indent=2) + "\n")
     written = {"config.json", *model.preprocessors}
-    return written if template is None else {*written, GENERATION}
+    return {*written, GENERATION} if generation or template is not None else written
 
 
 def copy_tokenizer(directory: Path, tokenizer: Tokenizer, template: Template | None) -> set[str]:
     """The tokenizer's files, with the template in the place of its own. Returns their names."""
+    own = template is None or template.jinja == tokenizer.chat_template
     source, written = Path(tokenizer.path), set[str]()
     for name in TOKENIZER_FILES:
         # tokenizer.path may be a file of any name
@@ -93,7 +100,12 @@ def copy_tokenizer(directory: Path, tokenizer: Tokenizer, template: Template | N
             written.add(name)
             if not _same(file, directory / name):
                 shutil.copyfile(file, directory / name)
-    if template is not None and template.jinja != tokenizer.chat_template:
+    more, there = source.parent / MORE_TEMPLATES, directory / MORE_TEMPLATES
+    if not (more.exists() and there.exists() and more.samefile(there)):
+        shutil.rmtree(there, ignore_errors=True)  # of another model, or another template
+        if own and more.is_dir():
+            shutil.copytree(more, there)
+    if template is not None and not own:
         _write(directory / "chat_template.jinja", template.jinja)
         written.add("chat_template.jinja")
         place = directory / "tokenizer_config.json"

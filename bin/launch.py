@@ -21,7 +21,7 @@ import torch.distributed as dist
 from attrs import frozen
 
 from omnistep.bin.heartbeat import LOST_PEER, Heartbeat
-from omnistep.core.config import ConfigError
+from omnistep.core.config_errors import ConfigError
 from omnistep.core.screen import show
 from omnistep.parallel.mesh import destroy_groups, forget_groups
 

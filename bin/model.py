@@ -11,7 +11,7 @@ from attrs import frozen
 from torch import Tensor
 
 from omnistep.core import param, rng
-from omnistep.core.checkpoint.safetensors import open_weights
+from omnistep.core.checkpoint.safetensors import Weights, open_weights
 from omnistep.core.config import Arguments, ModelArguments, TrainArguments
 from omnistep.core.config_rules import ENCODER_PATHS, PARTS, expand_path
 from omnistep.core.param import Layout, Param, is_param
@@ -36,6 +36,7 @@ class RunError(Exception):
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+GENERATION = "generation_config.json"
 PREPROCESSOR, VIDEO = "preprocessor_config.json", "video_preprocessor_config.json"
 PROCESSOR = "processor_config.json"
 """Holds both in what transformers 5 saves; where it does, they are read before the files above."""
@@ -55,6 +56,10 @@ class Model:
     preprocessors: Mapping[str, Json] = attrs.field(factory=dict)
     """Of a model with a tower, the files beside its config.json that say how images are prepared,
     as they were read."""
+    generation: Json = attrs.field(factory=dict)
+    """The generation_config.json beside its config.json; empty: there is none."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of its files."""
 
 
 def make_model(raw: Json, preprocessors: Mapping[str, Json] | None = None) -> Model:
@@ -67,16 +72,96 @@ def make_model(raw: Json, preprocessors: Mapping[str, Json] | None = None) -> Mo
 
 
 def read_model(args: ModelArguments) -> Model:
-    """With model.encoders, the language model and the tower in front of it. Raises ConfigJsonError
-    where a file can't be read, or what it describes is not built."""
-    raw = read_config_json(args.config_path or "")
+    """Reads the model that model.config_path describes; with model.encoders, the language model and
+    the tower in front of it. What the files of model.model_path say otherwise is in its notes.
+
+    Raises ConfigJsonError where a file can't be read, or what it describes is not built.
+    """
+    raw, notes = _as_files_are(read_config_json(args.config_path or ""), args.model_path)
     if encoder := args.encoders.get("image"):
         further = {key: value for key, value in encoder.items() if key not in ENCODER_PATHS}
         try:
             raw = compose(raw, read_config_json(_images_place(args)), **further)
         except ConfigJsonError as error:
             raise ConfigJsonError(f"model.encoders.image: {error}") from None
-    return make_model(raw, read_preprocessors(args))
+    model = make_model(raw, read_preprocessors(args))
+    if args.model_path and not args.encoders:
+        notes += _without_place(model, args.model_path)
+    generation = read_json_beside(args.config_path, GENERATION) if args.config_path else None
+    return attrs.evolve(model, generation=generation or {}, notes=notes)
+
+
+HEAD, EMBED = "lm_head.weight", "embed_tokens.weight"
+COMPUTED = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
+"""Ends of names of what older files hold though it follows from the configuration."""
+
+
+def _as_files_are(raw: Json, path: str | None) -> tuple[Json, tuple[str, ...]]:
+    """A config.json that ties the output layer to the embedding, where the files hold two different
+    tensors: then not tied, as in transformers (tie_weights in modeling_utils.py)."""
+    texts = [raw, *(raw[name] for name in ("text_config",) if isinstance(raw.get(name), Mapping))]
+    if path is None or not any(text.get("tie_word_embeddings") for text in texts):
+        return raw, ()
+    try:
+        weights = open_weights(expand_path(path))
+        found = {
+            end: next((name for name in weights.infos if name.endswith(end)), None)
+            for end in (HEAD, EMBED)
+        }
+        head, embed = found[HEAD], found[EMBED]
+        if head is None or embed is None or _same(weights, head, embed):
+            return raw, ()
+    except (OSError, ValueError):
+        return raw, ()  # told when the weights are read
+    untied = {**raw, "tie_word_embeddings": False}
+    if isinstance(text := raw.get("text_config"), Mapping):
+        untied["text_config"] = {**text, "tie_word_embeddings": False}
+    return untied, (f"config.json ties the output layer, but {head} is another tensor: not tied",)
+
+
+def _same(weights: Weights, one: str, other: str) -> bool:
+    shape = weights.shape(one)
+    if shape != weights.shape(other):
+        return False
+    rows, rest = 1024, [slice(0, n) for n in shape[1:]]
+    blocks = ([slice(i, min(i + rows, shape[0])), *rest] for i in range(0, shape[0], rows))
+    return all(
+        torch.equal(weights.read(one, block), weights.read(other, block)) for block in blocks
+    )
+
+
+def _without_place(model: Model, path: str) -> tuple[str, ...]:
+    try:
+        held = open_weights(expand_path(path)).infos
+    except (OSError, ValueError):
+        return ()
+    wanted = {part.theirs for part in model.names.all_parts(model.tree)}
+    unused = [
+        name
+        for name in held
+        if model.names.spelled(name) not in wanted and not name.endswith((*COMPUTED, HEAD))
+    ]
+    if not unused:
+        return ()
+    first = ", ".join(unused[:3]) + (", …" if len(unused) > 3 else "")
+    return (f"{len(unused)} tensors of the files have no place in the model: {first}",)
+
+
+def stop_tokens(model: Model, tokenizer_eos: int) -> list[int]:
+    """Lists the tokens that end an answer, as the model's files name them: generation_config.json's
+    first, then config.json's, then the tokenizer's."""
+    text = model.raw.get("text_config")
+    ends = [model.generation.get("eos_token_id"), model.raw.get("eos_token_id")]
+    ends += [text.get("eos_token_id") if isinstance(text, Mapping) else None, tokenizer_eos]
+    each = [token for end in ends for token in (end if isinstance(end, list) else [end])]
+    return list(dict.fromkeys(token for token in each if type(token) is int))
+
+
+def check_finite(params: Tree, where: str) -> None:
+    """Raises RunError, naming the first, where a weight is not finite."""
+    for name, leaf in leaves_with_names(params).items():
+        if leaf.is_floating_point() and not leaf.isfinite().all():
+            raise RunError(f"the weights at {where} are damaged: {name} holds NaN or infinity")
 
 
 def _images_place(args: ModelArguments) -> str:

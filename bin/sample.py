@@ -8,15 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import field, frozen
 
 from omnistep.bin.ask import Ask, Question
 from omnistep.bin.build import read_tokenizer
 from omnistep.bin.image_rules import image_rules
-from omnistep.bin.model import DTYPES, Model, RunError, read_model, read_weights
+from omnistep.bin.model import (
+    DTYPES,
+    Model,
+    RunError,
+    check_finite,
+    read_model,
+    read_weights,
+    stop_tokens,
+)
 from omnistep.core import rng
 from omnistep.core.cache import keep_compiled_code_private
-from omnistep.core.config import SAMPLE, ConfigError, InferArguments, ModelArguments
+from omnistep.core.config import SAMPLE, InferArguments, ModelArguments
+from omnistep.core.config_errors import ConfigError
 from omnistep.core.config_help import help_text
 from omnistep.core.config_io import load, wants_help
 from omnistep.core.screen import show, show_error, visible, write_all_characters
@@ -27,12 +36,11 @@ from omnistep.data.files.records import Record
 from omnistep.data.images import Source, open_clip
 from omnistep.data.patches import ImageRules
 from omnistep.data.tokenizer import Tokenizer
+from omnistep.data.turns import turn_end
 from omnistep.models.generate import Generate, Prompt, Sampling, make_generate
 from omnistep.models.hf_config import ConfigJsonError
 from omnistep.parallel.mesh import pick_device
 
-TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
-"""Tokens that end a turn in common chat templates, beside EOS."""
 LONGEST_LOOK = 16384
 """Images of one prompt are made smaller where they would take more tokens than this."""
 
@@ -46,6 +54,9 @@ class Speaker:
     stops: frozenset[int]
     max_tokens: int
     key: torch.Tensor
+    longest: int | None = None
+    """Tokens of a prompt and its answer that the model was made for."""
+    told: set[str] = field(factory=set)
 
     def answers(self, prompts: Sequence[Prompt], seen: int = 0) -> list[str]:
         """Each prompt's continuation; `seen` prompts of the run came before them."""
@@ -72,6 +83,14 @@ class Speaker:
 
     def _steps(self, prompts: Sequence[Prompt], seen: int) -> Iterator[list[int | None]]:
         """One token per prompt, None once it has ended; until all have."""
+        count = max(len(prompt.ids) for prompt in prompts) + self.max_tokens
+        if self.longest is not None and count > self.longest and not self.told:
+            self.told.add("long")
+            show(
+                f"a prompt and its answer have up to {count} tokens, but the model was made for "
+                f"{self.longest} (max_position_embeddings): what lies behind may be worse",
+                sys.stderr,
+            )
         ended = [False] * len(prompts)
         for tokens in self.generate(prompts, self.max_tokens, self.key, seen):
             ended = [e or t in self.stops for e, t in zip(ended, tokens, strict=True)]
@@ -81,19 +100,24 @@ class Speaker:
 
 
 def make_speaker(
-    infer: InferArguments, model: Model, params: Tree, tokenizer: Tokenizer
+    infer: InferArguments,
+    model: Model,
+    params: Tree,
+    tokenizer: Tokenizer,
+    template: Template | None = None,
 ) -> Speaker:
+    """Makes a speaker that stops where the model's files say, and where a turn of `template` (of
+    training, whose model has no such files yet) ends."""
     sampling = Sampling(infer.do_sample, infer.temperature, infer.top_p)
     dtype = DTYPES[infer.compute_dtype or "float32"]
     generate = make_generate(model.cfg, params, sampling, dtype=dtype, compile=infer.compile)
-    stops = {tokenizer.eos_id}
-    eos = model.raw.get("eos_token_id")
-    stops.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    if tokenizer.chat_template:
-        ends = (tokenizer.token_id(end) for end in TURN_ENDS if end in tokenizer.chat_template)
-        stops.update(end for end in ends if end is not None)
+    stops = set(stop_tokens(model, tokenizer.eos_id))
+    if template is not None and (end := turn_end(template, tokenizer)) is not None:
+        stops.add(end)
+    text = model.raw.get("text_config") or model.raw
+    longest = text.get("max_position_embeddings")
     key = rng.key(infer.seed)
-    return Speaker(generate, tokenizer, frozenset(stops), infer.max_tokens, key)
+    return Speaker(generate, tokenizer, frozenset(stops), infer.max_tokens, key, longest)
 
 
 def question_of(infer: InferArguments) -> Question:
@@ -103,7 +127,7 @@ def question_of(infer: InferArguments) -> Question:
 
 def continuation(infer: InferArguments, model: Model, params: Tree, ask: Ask) -> str:
     """What the model says after infer.prompt."""
-    speaker = make_speaker(infer, model, params, ask.tokenizer)
+    speaker = make_speaker(infer, model, params, ask.tokenizer, ask.template)
     return speaker.answers([ask.once(question_of(infer))])[0]
 
 
@@ -137,7 +161,9 @@ def run(infer: InferArguments) -> None:
     elif infer.prompt is not None:
         questions = [question_of(infer)]
     place = ModelArguments(
-        config_path=infer.model_path, tokenizer_path=infer.tokenizer_path or infer.model_path
+        config_path=infer.model_path,
+        model_path=infer.model_path,
+        tokenizer_path=infer.tokenizer_path or infer.model_path,
     )
     model = read_model(place)
     tokenizer = read_tokenizer(place, model.cfg)
@@ -147,7 +173,10 @@ def run(infer: InferArguments) -> None:
     for question in questions or ():
         ask.once(question)  # images that can't be read are told of before the weights are
     dtype = DTYPES[infer.compute_dtype or "float32"]
+    for note in model.notes:
+        show(note, sys.stderr)
     params = read_weights(infer.model_path, model, dtype, pick_device())
+    check_finite(params, infer.model_path)
     speaker = make_speaker(infer, model, params, tokenizer)
     if questions is None:
         interact(speaker, ask)

@@ -187,6 +187,8 @@ def blame(codes: Mapping[int, int], said: str | None, tails: Mapping[int, str]) 
     save rank 0's.
     """
     speaker, _, text = (said or "").partition("\n")
+    if not speaker.isdecimal():  # no rank of ours wrote that
+        said, text = None, ""
     lines = [text] if text and speaker != "0" else []
     killed = [rank for rank, code in codes.items() if code < 0]
     if said and not killed:

@@ -32,7 +32,8 @@ from omnistep.core.checkpoint.place import Place, try_to_write
 from omnistep.core.checkpoint.protocol import CheckpointError, CheckpointStore
 from omnistep.core.checkpoint.ranks import Ranks, all_ranks
 from omnistep.core.checkpoint.store import open_store
-from omnistep.core.config import TRAIN, Arguments, ConfigError
+from omnistep.core.config import TRAIN, Arguments
+from omnistep.core.config_errors import ConfigError
 from omnistep.core.config_help import help_text
 from omnistep.core.config_io import changes, dump, load, wants_help
 from omnistep.core.logs import (
@@ -40,10 +41,10 @@ from omnistep.core.logs import (
     Logger,
     Wandb,
     WandbConfig,
-    plot_losses,
     read_metrics,
 )
 from omnistep.core.meters import peak_flops
+from omnistep.core.plot import plot_losses
 from omnistep.core.profile import ProfileConfig, Profiler
 from omnistep.core.screen import show, write_all_characters
 from omnistep.core.step import make_eval_step, make_train_step
@@ -128,6 +129,8 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
         compile=compiled,
     )
     eval_step = make_eval_step(stages, layout=layout, compile=compiled)
+    for note in model.notes:
+        say(f"    note  {note}")
     say(build.describe(args, model, data, mesh))
 
     with ExitStack() as stack:

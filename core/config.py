@@ -154,9 +154,7 @@ class TrainArguments:
         10, "steps in a row with a non-finite gradient after which the run stops", POSITIVE
     )
     rank_timeout: float = arg(
-        120.0,
-        "seconds until a rank that does not come, or gives no sign of life, is named: the run ends",
-        POSITIVE,
+        120.0, "seconds until a rank that does not come or shows no life ends the run", POSITIVE
     )
     micro_batch_size: int = arg(
         1, "per device: sequences, or when packing units of max_seq_len tokens", POSITIVE
@@ -385,20 +383,3 @@ SAMPLE = Command(
     reads=("infer",),
     needs=("infer",),
 )
-
-
-@frozen
-class Problem:
-    """One thing that is wrong: the arguments it is about (maybe none), and what to do."""
-
-    names: tuple[str, ...]
-    text: str
-
-
-class ConfigError(Exception):
-    """The configuration cannot be run; str() of it is the whole message, one line a problem."""
-
-    def __init__(self, problems: list[str]):
-        self.problems = tuple(problems)
-        many = f"{len(problems)} problems in the configuration:"
-        super().__init__(problems[0] if len(problems) == 1 else "\n  - ".join([many, *problems]))

@@ -20,9 +20,9 @@ from omnistep.core.config import (
     Argument,
     Arguments,
     Command,
-    ConfigError,
     value_of,
 )
+from omnistep.core.config_errors import ConfigError
 from omnistep.core.config_rules import derive, described, problems
 from omnistep.core.config_types import (
     CONVERTER,

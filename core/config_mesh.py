@@ -3,7 +3,8 @@
 import math
 from collections.abc import Iterator, Mapping
 
-from omnistep.core.config import Arguments, Problem, TrainArguments, value_of
+from omnistep.core.config import Arguments, TrainArguments, value_of
+from omnistep.core.config_errors import Problem
 
 MODEL_AXES: Mapping[str, str] = {
     "pp": "train.pipeline_parallel_size",

@@ -17,15 +17,14 @@ from omnistep.core.config import (
     TRAIN,
     Arguments,
     Command,
-    ConfigError,
     DataArguments,
     InferArguments,
     ModelArguments,
     Names,
-    Problem,
     TrainArguments,
     value_of,
 )
+from omnistep.core.config_errors import ConfigError, Problem
 from omnistep.core.config_mesh import data_ranks, mesh_problems, split_names
 from omnistep.core.config_types import nearest, shown
 

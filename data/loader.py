@@ -1,13 +1,6 @@
 """The stream of batches: an infinite, seeded, resumable function of a DataState."""
 
-import multiprocessing
-import os
-import signal
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -27,6 +20,7 @@ from omnistep.data.pack import prefix
 from omnistep.data.state import DataState, PieceId, check_made_with
 from omnistep.data.stream import Arrival, arrivals
 from omnistep.data.tokenizer import Tokenizer
+from omnistep.data.workers import no_errors_by_signal, start_context, start_worker
 
 SHOWN = 10
 """Of so many skipped records the user is told why; further ones are only counted."""
@@ -85,12 +79,12 @@ class Loader:
             collate_fn=_identity,
             persistent_workers=workers > 0,
             prefetch_factor=self.config.prefetch_factor if workers > 0 else None,
-            multiprocessing_context=_start_context() if workers > 0 else None,
-            worker_init_fn=_start_worker,
+            multiprocessing_context=start_context() if workers > 0 else None,
+            worker_init_fn=start_worker,
             generator=torch.Generator(),  # else it draws from torch's global generator
         )
         if workers > 0:
-            with _no_errors_by_signal():
+            with no_errors_by_signal():
                 iter(self._blocks)  # starts the workers, with nothing to do yet
 
     def batches(self, state: DataState | None = None) -> Iterator[tuple[Batch, DataState]]:
@@ -388,46 +382,5 @@ def make_loader(
     return Loader(config, reader, pad_id, ranks, warn)
 
 
-@contextmanager
-def _no_errors_by_signal() -> Iterator[None]:
-    """Takes back the handler of SIGCHLD that the DataLoader sets: where a worker dies, it raises an
-    error in the middle of whatever this process does. Reading finds it out, too."""
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGCHLD)
-    yield
-    if main and before is not None:
-        signal.signal(signal.SIGCHLD, before)
-
-
 def _identity(result: Any) -> Any:
     return result
-
-
-def _start_worker(_: int) -> None:
-    """Runs first in a worker."""
-    # Ctrl-C and a scheduler's SIGTERM go to the whole group. The main process decides what is
-    # to happen then (save, and end its workers), so workers must not die before it.
-    os.setpgrp()
-    # When the main process is killed, a worker that is sending a block waits for ever: the pipe
-    # is full and the other workers keep it open. The DataLoader's own watch does not cover that.
-    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _exit_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def _start_context() -> Any:
-    """How workers start.
-
-    fork is fast, and scripts need no `if __name__ == "__main__"`. It is safe while the process
-    has no threads that hold locks; jax starts such threads, and a CUDA context does not survive
-    it. Then workers come from a server process that has imported nothing but this folder.
-    """
-    if "jax" not in sys.modules and not torch.cuda.is_initialized():
-        return multiprocessing.get_context("fork")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["omnistep.data.blocks", "torch.utils.data"])
-    return context

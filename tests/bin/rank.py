@@ -13,7 +13,7 @@ import torch
 from omnistep.bin.launch import LaunchError, fail, join, leave, read_launch
 from omnistep.bin.spawn import spawn
 from omnistep.bin.stop import RESUME_ME, Stop
-from omnistep.core.config import ConfigError
+from omnistep.core.config_errors import ConfigError
 from omnistep.parallel.collectives import all_reduce
 from omnistep.parallel.mesh import Mesh, make_mesh
 

@@ -340,7 +340,7 @@ def test_wrong_weights(
         (["{run}", "{tmp}/x", "--prefix=a."], 1, "--prefix is for a torch.distributed.checkpoint"),
         (["{run}/hf", "{tmp}/x", "--dtype=bfloat16"], 2, "--dtype is for a TARGET hf"),
         (["{run}/hf", "{run}/hf", "--to=hf"], 1, "source and target are one"),
-        (["{run}/checkpoints", "{run}"], 1, "holds checkpoints and more"),
+        (["{run}/checkpoints", "{run}"], 1, "holds .lock and more"),
         (["{run}/hf", "{run}/checkpoints"], 1, "holds 4 and more"),
         (["{run}/checkpoints/5", "{tmp}/x"], 1, "there is nothing at"),
         (["{tmp}", "{tmp}/x"], 1, "is no checkpoint (a step, its directory"),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ from omnistep.bin.launch import (
 )
 from omnistep.bin.spawn import GRACE, Verdict, _serve_store, blame, rank_environment, spawn
 from omnistep.bin.stop import ASKED, AT_ONCE, INTERRUPTED, RESUME_ME
-from omnistep.core.config import ConfigError
+from omnistep.core.config_errors import ConfigError
 from tests.bin.runs import call, settings, wait_until, words
 from tests.forkserver.client import ENVIRONMENT, ROOT, ForkServer, Job, Result
 
@@ -338,7 +339,11 @@ class Beats(dict):
 
 def test_who_is_silent():
     store, told = Beats(), []
-    first, second = (Heartbeat(lambda _: store, rank, 3, 8.0, told.append) for rank in (0, 1))
+
+    def connect(_: object) -> Any:
+        return store
+
+    first, second = (Heartbeat(connect, rank, 3, 8.0, told.append) for rank in (0, 1))
     assert first.look(0) is None
     assert second.look(0) is None
     for now in (4, 8, 12):

@@ -13,12 +13,12 @@ from omnistep.core.config import (
     TRAIN,
     Arguments,
     Command,
-    ConfigError,
     DataArguments,
     ModelArguments,
     Names,
     TrainArguments,
 )
+from omnistep.core.config_errors import ConfigError
 from omnistep.core.config_help import help_text
 from omnistep.core.config_io import load, wants_help
 from omnistep.core.config_rules import NOT_YET, derive, expand_path, resolve

@@ -14,7 +14,6 @@ from omnistep.core.config import (
     ARGUMENTS,
     SECTIONS,
     Arguments,
-    ConfigError,
     DataArguments,
     InferArguments,
     ModelArguments,
@@ -22,6 +21,7 @@ from omnistep.core.config import (
     TrainArguments,
     value_of,
 )
+from omnistep.core.config_errors import ConfigError
 from omnistep.core.config_io import dump, load, parse, to_yaml
 from omnistep.core.config_rules import resolve
 from omnistep.core.config_types import structured

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from omnistep.core.config import Arguments, ConfigError, TrainArguments
+from omnistep.core.config import Arguments, TrainArguments
+from omnistep.core.config_errors import ConfigError
 from omnistep.core.config_io import load
 from omnistep.core.config_mesh import data_ranks, mesh_sizes
 from omnistep.core.config_rules import derive

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from omnistep.core import logs
+from omnistep.core import logs, plot
 from omnistep.core.logs import (
     Logger,
     Wandb,
     WandbConfig,
     offline_reason,
-    plot_losses,
     read_metrics,
     status,
 )
+from omnistep.core.plot import plot_losses
 
 METRICS = {
     "loss": 2.5,
@@ -209,8 +209,8 @@ def test_plot_of_an_empty_run(tmp_path):
 
 
 def test_smoothing_is_a_centred_mean_that_skips_gaps():
-    assert logs._smooth([1.0, 2.0, 6.0, math.nan, 8.0], 1) == [1.0, 3.0, 4.0, 7.0, 8.0]
-    assert logs._smooth([3.0, 1.0], 0) == [3.0, 1.0]
+    assert plot._smooth([1.0, 2.0, 6.0, math.nan, 8.0], 1) == [1.0, 3.0, 4.0, 7.0, 8.0]
+    assert plot._smooth([3.0, 1.0], 0) == [3.0, 1.0]
 
 
 def test_bytes_that_are_no_text_are_no_row(tmp_path):
@@ -242,7 +242,7 @@ def test_rows_wait_for_room_on_the_disk(tmp_path, capsys):
 
     with Logger(tmp_path, 5) as logger:
         assert logger._rows is not None
-        logger._rows._file = Disk(logger._rows._file)
+        logger._rows._file = Disk(logger._rows._file)  # pyright: ignore[reportAttributeAccessIssue]
         logger.log(1, {"loss": 1.0})
         logger.log(2, {"loss": 2.0})
         full = False

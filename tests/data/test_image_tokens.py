@@ -17,9 +17,10 @@ from omnistep.core.batch import positions, segment_starts
 from omnistep.data.assemble import assemble
 from omnistep.data.errors import DataError
 from omnistep.data.image_tokens import expand, with_times
-from omnistep.data.images import Clip, see
+from omnistep.data.images import see
 from omnistep.data.patches import Grid
 from omnistep.data.transform import Tokens
+from tests.data.pictured import held
 from tests.data.test_images import QWEN2, picture, rules_of
 
 IMAGE, VIDEO, START, END = 1, 2, 3, 4
@@ -98,7 +99,7 @@ def test_positions_as_transformers(family):
 def test_a_token_has_the_unit_of_its_place():
     """Rows and columns of the patches of a token's unit are those of its position."""
     rules = rules_of(**QWEN2, window=2, rope=True, min_pixels=1)
-    pixels, grids = see([Clip((picture(28 * 5, 28 * 3),)), Clip((picture(28, 56),))], rules)
+    pixels, grids = see([held((picture(28 * 5, 28 * 3),)), held((picture(28, 56),))], rules)
     ids = np.array([IMAGE, 50, IMAGE], np.int32)
     vision = expand(ids, np.zeros(3, bool), pixels, grids, rules).vision
     assert vision.rope is not None
@@ -110,7 +111,7 @@ def test_a_token_has_the_unit_of_its_place():
 
 def test_a_class_token_becomes_no_token():
     rules = rules_of(patch=14, size=28, class_token=True)
-    pixels, grids = see([Clip((picture(30, 30),))] * 2, rules)
+    pixels, grids = see([held((picture(30, 30),))] * 2, rules)
     ids = np.array([50, IMAGE, IMAGE, 51], np.int32)
     made = expand(ids, np.ones(4, bool), pixels, grids, rules)
     assert made.ids.tolist() == [50] + [IMAGE] * 8 + [51]
@@ -132,7 +133,7 @@ def test_too_many_or_too_few_tokens():
 def test_times_are_written_as_qwen3_vl():
     frames = tuple(picture(56, 56) for _ in range(5))
     rules = rules_of(**QWEN2, timestamps=True, vision_start=3, vision_end=4)
-    _, grids = see([Clip(frames, True, 3.0), Clip(frames[:1]), Clip(frames[:2], True)], rules)
+    _, grids = see([held(frames, True, 3.0), held(frames[:1]), held(frames[:2], True)], rules)
     processor: Any = SimpleNamespace(
         video_processor=SimpleNamespace(merge_size=2, temporal_patch_size=2),
         video_token="<v>",

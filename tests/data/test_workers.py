@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from omnistep.data.errors import DataError
-from omnistep.data.loader import _start_context
 from omnistep.data.transform import Tokens
+from omnistep.data.workers import start_context
 from tests.data.made import LENGTHS, PACKED, PAD, loader_of, pieces_of, same, take
 
 
@@ -36,9 +36,9 @@ def test_workers_change_nothing(workers, runtime):
 
 def test_a_jax_process_forks_no_worker(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax", None)
-    assert _start_context().get_start_method() == "forkserver"
+    assert start_context().get_start_method() == "forkserver"
     monkeypatch.delitem(sys.modules, "jax")
-    assert _start_context().get_start_method() == "fork"
+    assert start_context().get_start_method() == "fork"
 
 
 def test_the_global_generator_is_not_touched():
