@@ -9,7 +9,7 @@ from typing import Any
 from attrs import evolve
 
 from omnistep.models.config import Config, Tower
-from omnistep.models.hf_text import TEXT_FAMILIES, ConfigJsonError, Json, text_config
+from omnistep.models.hf_text import TEXT_FAMILIES, ConfigJsonError, Json, shown, text_config
 from omnistep.models.hf_vision import TOWERS, is_qwen, read_tower, tower_kind
 
 ARCHITECTURES = {
@@ -61,7 +61,7 @@ def read_json_beside(path: str | Path, name: str) -> dict[str, Any] | None:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:  # bad JSON, no UTF-8, too deep
         raise ConfigJsonError(f"{file} can't be read as JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigJsonError(f"{file} holds a JSON {type(raw).__name__}, not an object")
@@ -72,13 +72,28 @@ def decoder_config(raw: Json) -> Config:
     """The model that a config.json describes. Raises ConfigJsonError for an unknown family, a
     variant that is not built, or sizes that do not fit together."""
     family = raw.get("model_type")
-    if family not in ARCHITECTURES:
+    _check_tokens(raw)
+    if not isinstance(family, str) or family not in ARCHITECTURES:
         raise ConfigJsonError(
             f"model_type {family!r} is not built; there are {', '.join(sorted(ARCHITECTURES))}"
         )
     if family in TEXT_FAMILIES:
         return text_config(family, raw)
     return _llava(raw) if family == "llava" else _qwen_vl(family, raw)
+
+
+def _check_tokens(raw: Json) -> None:
+    """Raises ConfigJsonError where the ids of special tokens are none."""
+    texts = [raw, *(raw[name] for name in ("text_config",) if isinstance(raw.get(name), dict))]
+    for text in texts:
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = text.get(key)
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(type(token) is int for token in ids):
+                raise ConfigJsonError(f"{key} is {shown(value)}; it must be an id or a list of ids")
+    for name in ("text_config", "vision_config"):
+        if not isinstance(raw.get(name) or {}, dict):
+            raise ConfigJsonError(f"{name} is {shown(raw[name])}; it must be an object")
 
 
 def text_family(raw: Json) -> str:

@@ -152,14 +152,64 @@ def text_config(family: str, raw: Json) -> Config:
     """The text model that a config.json describes; `family`, a key of DEFAULTS, is its model_type.
     Raises ConfigJsonError for a variant that is not built, or sizes that do not fit together."""
     given = {OTHER_NAMES.get(k, k): v for k, v in raw.items()}
+    if given.get("num_key_value_heads", 0) is None:  # which a family's default is not
+        given["num_key_value_heads"] = given.get("num_attention_heads")
     c = DEFAULTS[family] | {k: v for k, v in given.items() if v is not None or k in NULL_MEANS_NONE}
+    check_numbers(c)
     _check_built(family, c)
     try:
         return _config(family, c)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise ConfigJsonError(
             f"the {family} configuration does not fit together: {error}"
         ) from None
+
+
+SIZES = {
+    "vocab_size": 10**8,
+    "num_hidden_layers": 10**4,
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_experts"), 10**5),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 10**7),
+    **dict.fromkeys(("head_dim", "kv_lora_rank", "q_lora_rank", "v_head_dim"), 10**6),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "num_experts_per_tok"), 10**6),
+    **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings"), 10**12),
+    **dict.fromkeys(("sliding_window", "depth", "num_heads"), 10**7),
+    **dict.fromkeys(("shared_expert_intermediate_size", "n_shared_experts"), 10**7),
+    **dict.fromkeys(("first_k_dense_replace", "max_window_layers", "n_group", "topk_group"), 10**7),
+}
+"""Keys that are whole numbers, each with more than any model has."""
+MAY_BE_ZERO = (
+    *("num_experts", "shared_expert_intermediate_size", "n_shared_experts"),
+    *("first_k_dense_replace", "max_window_layers", "sliding_window"),
+)
+NUMBERS = {
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps"), (0.0, 1.0)),
+    "rope_theta": (1e-6, 1e30),
+    "initializer_range": (0.0, 1e6),
+    **dict.fromkeys(("router_aux_loss_coef", "routed_scaling_factor", "swiglu_limit"), (0.0, 1e9)),
+}
+"""Keys that are any number, with the least and the greatest."""
+
+
+def check_numbers(c: Json) -> None:
+    """Raises ConfigJsonError where a number of a configuration is none, or is out of range."""
+    for key, most in SIZES.items():
+        least, value = int(key not in MAY_BE_ZERO), c.get(key)
+        if value is not None and not (type(value) is int and least <= value <= most):
+            raise ConfigJsonError(
+                f"{key} is {shown(value)}; it must be a whole number from {least} to {most}"
+            )
+    for key, (least, most) in NUMBERS.items():
+        value = c.get(key)
+        if value is not None and not (type(value) in (int, float) and least <= value <= most):
+            raise ConfigJsonError(
+                f"{key} is {shown(value)}; it must be a number from {least:g} to {most:g}"
+            )
+
+
+def shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _check_built(family: str, c: Json) -> None:
@@ -208,6 +258,9 @@ def _rope(c: Json) -> tuple[float, dict[str, Any]]:
         rope.setdefault("rope_type", rope.pop("type"))
     theta = float(rope.pop("rope_theta", c.get("rope_theta", 10000.0)))
     if rope.get("rope_type") in ("yarn", "llama3"):
+        # beside the others it wins (transformers' standardize_rope_params, modeling_rope_utils.py)
+        if (before := c.get("original_max_position_embeddings")) is not None:
+            rope["original_max_position_embeddings"] = before
         rope.setdefault("original_max_position_embeddings", c.get("max_position_embeddings"))
     part = rope.pop("partial_rotary_factor", c.get("partial_rotary_factor", 1.0))
     if part != 1.0:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from attrs import evolve, frozen
 
 from omnistep.models.config import Tower
-from omnistep.models.hf_text import ConfigJsonError, Json
+from omnistep.models.hf_text import ConfigJsonError, Json, check_numbers
 
 _QWEN = {
     "depth": 32, "num_heads": 16, "in_channels": 3, "patch_size": 14, "spatial_merge_size": 2,
@@ -95,13 +95,14 @@ def read_tower(kind: str, vision: Json) -> tuple[Tower, int | None]:
     other = OTHER_NAMES if is_qwen(kind) else {}
     given = {other.get(k, k): v for k, v in vision.items() if v is not None}
     c = TOWERS[kind] | given
+    check_numbers(c)
     try:
         if c["hidden_act"] not in ACTIVATIONS:
             raise ValueError(
                 f"hidden_act {c['hidden_act']!r} is not built; only {', '.join(ACTIVATIONS)}"
             )
         return _qwen(kind, c) if is_qwen(kind) else (_fixed(kind, c), None)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise ConfigJsonError(f"the tower {kind} does not fit together: {error}") from None
 
 

@@ -168,7 +168,9 @@ def _read_shard_index(index: Path) -> dict[str, Path]:
     try:
         entries = dict(json.loads(index.read_bytes())["weight_map"])
         files = {name: index.parent / file for name, file in entries.items()}
-    except (ValueError, KeyError, TypeError) as error:
+        if elsewhere := sorted({f for f in entries.values() if Path(f).name != f}):
+            raise ValueError(f"it names {elsewhere[0]!r}, which is not beside it")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{index} is no index of shards: it needs an object 'weight_map' of tensor names to "
             f"file names ({type(error).__name__}: {error})"

@@ -173,7 +173,15 @@ def test_a_damaged_shard_is_named(
         open_weights(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "[" * 100_000),
+        '{"weight_map": {"w1": "../other/x.safetensors"}}',
+        '{"weight_map": {"w1": "/etc/passwd"}}',
+    ],
+    ids=lambda text: text[:40],
+)
 def test_a_damaged_index_is_named(tmp_path: Path, text: str) -> None:
     sharded(tmp_path)
     (tmp_path / INDEX).write_text(text)

@@ -1,12 +1,15 @@
 """config.json files as they lie on the hub, new and old, and what is refused of them."""
 
+import json
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from omnistep.core import param
 from omnistep.models.config import Experts, Latent
-from omnistep.models.hf_config import ConfigJsonError, decoder_config
+from omnistep.models.hf_config import ConfigJsonError, decoder_config, read_config_json
 from omnistep.models.params import params
 
 MIXTRAL = {  # mistralai/Mixtral-8x7B-v0.1
@@ -304,3 +307,71 @@ def test_keys_have_older_names():
 def test_what_is_not_built_is_named(raw, change, message):
     with pytest.raises(ConfigJsonError, match=message):
         decoder_config({**raw, **change})
+
+
+LLAMA = {
+    "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": -1},
+        {"num_hidden_layers": 0},
+        {"num_hidden_layers": 10**9},
+        {"num_attention_heads": 0},
+        {"num_key_value_heads": 0},
+        {"num_key_value_heads": 2.0},
+        {"hidden_size": True},
+        {"hidden_size": "32"},
+        {"intermediate_size": 10**11},
+        {"vocab_size": [64]},
+        {"rms_norm_eps": "x"},
+        {"rms_norm_eps": float("nan")},
+        {"rms_norm_eps": -1e-6},
+        {"rope_theta": float("inf")},
+        {"initializer_range": {}},
+        {"max_position_embeddings": 0},
+        {"eos_token_id": {}},
+        {"eos_token_id": ["</s>"]},
+        {"text_config": 3},
+        {"model_type": []},
+        {"model_type": None},
+    ],
+    ids=str,
+)
+def test_what_is_no_number_is_named(change):
+    ((key, value),) = change.items()
+    with pytest.raises(ConfigJsonError, match=rf"^{key} ") as caught:
+        decoder_config(LLAMA | change)
+    assert repr(value)[:20] in str(caught.value)
+
+
+def test_configurations_too_deep_are_an_error(tmp_path):
+    (tmp_path / "config.json").write_text('{"a":' + "[" * 100_000)
+    with pytest.raises(ConfigJsonError, match=r"config\.json can't be read as JSON"):
+        read_config_json(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_key_value_heads_of_null_are_as_many_as_heads(family):
+    raw = LLAMA | {"model_type": family, "num_key_value_heads": None}
+    theirs = AutoConfig.for_model(**raw)
+    assert decoder_config(raw).kv_heads == theirs.num_key_value_heads == 4
+
+
+@pytest.mark.parametrize("place", ["top", "inside", "both"])
+def test_the_original_length_may_stand_at_the_top(place):
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    raw = LLAMA | {"max_position_embeddings": 512, "rope_scaling": yarn}
+    if place in ("top", "both"):
+        raw["original_max_position_embeddings"] = 128
+    if place in ("inside", "both"):
+        raw["rope_scaling"] = yarn | {"original_max_position_embeddings": 64}
+    theirs = AutoConfig.for_model(**json.loads(json.dumps(raw)))
+    LlamaRotaryEmbedding(theirs)  # which is when they look at the top
+    ours = decoder_config(raw).rope_scaling
+    key = "original_max_position_embeddings"
+    assert ours[key] == theirs.rope_parameters[key] == {"inside": 64}.get(place, 128)
