@@ -9,6 +9,7 @@ from attrs import frozen
 
 from omnistep.bin.image_rules import image_rules
 from omnistep.bin.model import Model, RunError, compute_dtype, lr_scale, param_dtype, parts_of
+from omnistep.bin.passes import moment, passes
 from omnistep.core import optim, param
 from omnistep.core.checkpoint.place import Place, committed, open_place
 from omnistep.core.checkpoint.ranks import Ranks
@@ -50,7 +51,7 @@ def open_chat_template(
     """The one that conversations are trained by; None where there are none."""
     if args.data_type != "conversation":
         return None
-    return open_template(args.chat_template, tokenizer, images)
+    return open_template(args.chat_template, tokenizer, images, moment(args.chat_date))
 
 
 def make_image_rules(args: Arguments, model: Model, mesh: Mesh) -> ImageRules | None:
@@ -237,6 +238,7 @@ def _described(args: Arguments, path: str, argument: str = "data.train_path") ->
         text_keys=data.text_keys or (),
         image_keys=data.image_keys,
         chat_template=data.chat_template,
+        now=moment(data.chat_date),
         shuffle_buffer=data.shuffle_buffer,
     )
 
@@ -279,6 +281,7 @@ def describe(args: Arguments, model: Model, data: Data, mesh: Mesh) -> str:
     rows = math.prod((train.micro_batch_size, data.accumulate, mesh.data_ranks))
     packing = "cu_seqlens" if train.rmpad else "positions" if train.rmpad_with_pos_ids else None
     tokens = rows * args.data.max_seq_len
+    often = passes(data.loader, args, data.total_steps * tokens)
     weights = str(param_dtype(train, model)).removeprefix("torch.")
     compute = str(compute_dtype(train, model)).removeprefix("torch.")
     start = args.model.model_path or f"random, seed {train.seed}"
@@ -295,7 +298,8 @@ def describe(args: Arguments, model: Model, data: Data, mesh: Mesh) -> str:
         "steps": f"{data.total_steps} of {tokens} tokens "
         f"({train.micro_batch_size} x {args.data.max_seq_len}, "
         f"accumulated {data.accumulate} times), "
-        f"{train.num_train_epochs} epoch(s) of {data.epoch_steps}",
+        f"{train.num_train_epochs} epoch(s) of {data.epoch_steps}"
+        + (f", {often.text}" if often else ""),
         "output": train.output_dir,
     }
     if images := data.loader.config.images:
@@ -304,4 +308,6 @@ def describe(args: Arguments, model: Model, data: Data, mesh: Mesh) -> str:
         lines["frozen"] = ", ".join(frozen)
     if dropout := hf_config.unused_dropout(model.raw):
         lines["note"] = f"the model config asks for dropout {dropout}; training has none"
+    if often and often.warning:
+        lines["warning"] = often.warning
     return "\n".join(f"{name:>8}  {text}" for name, text in lines.items())

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -11,6 +12,9 @@ from filelock import FileLock, Timeout
 
 from omnistep.bin.model import RunError
 from omnistep.bin.report import Say
+from omnistep.core.checkpoint.place import Place, try_to_write
+from omnistep.core.checkpoint.ranks import Ranks
+from omnistep.core.screen import show
 
 PATIENCE = 10.0
 """Seconds that a lock of a process that has ended may take to go: its data workers hold it, too,
@@ -76,3 +80,29 @@ def _runs(process: str, host: str) -> bool:
     except OSError:
         pass
     return True
+
+
+def lock_output(output: Path, ranks: Ranks, stack: ExitStack) -> None:
+    """Has rank 0 hold the output_dir, before anything is written. Raises CheckpointError on all
+    ranks: nothing can be written there, or another run writes."""
+
+    def hold() -> None:
+        try:
+            str(output).encode("utf-8")
+        except UnicodeEncodeError:
+            raise RunError("train.output_dir: the name of a directory must be UTF-8") from None
+        make_place("train.output_dir", output)
+        stack.enter_context(OutputLock(output, show))
+
+    ranks.ask_first(hold)
+
+
+def make_place(argument: str, directory: Place) -> None:
+    """Raises RunError where nothing can be written: now, not when the first checkpoint is due."""
+    try:
+        try_to_write(directory)
+    except OSError as error:
+        raise RunError(
+            f"{argument}: nothing can be written to {directory} ({error.strerror or error}); "
+            "choose another directory"
+        ) from None

@@ -19,7 +19,9 @@ from omnistep.core.optim import Optimizer
 from omnistep.core.param import Layout
 from omnistep.core.step import TrainState, init_state
 from omnistep.core.tree import Tree, leaves_with_names
-from omnistep.data.state import DataState
+from omnistep.data.errors import DataError
+from omnistep.data.loader import Loader
+from omnistep.data.state import DataState, check_made_with
 
 MOMENTS = "state.opt_state.mu."
 """How the names of a checkpoint's first moments begin; every optimizer has them."""
@@ -178,3 +180,18 @@ def model_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
         for name in names
         if before.get(name) != now.get(name)
     ]
+
+
+def fitted(
+    position: Position, loader: Loader, restart: bool, say: Callable[[str], None]
+) -> Position:
+    """The position; with its data from the start, where it is of other data and `restart` says so.
+    Raises DataError: it is of other data."""
+    try:
+        check_made_with(position.data, loader.made_with())
+    except DataError as error:
+        if not restart:
+            raise
+        say(f" restart  the data from its start (train.restart_data): {error}")
+        return attrs.evolve(position, data=DataState(step=position.step))
+    return position

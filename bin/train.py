@@ -19,8 +19,9 @@ from omnistep.bin import build
 from omnistep.bin.export import export
 from omnistep.bin.launch import Launch, LaunchError, fail, join, leave, read_launch, take_nproc
 from omnistep.bin.model import Model, RunError, param_dtype, read_model, read_weights, with_frozen
-from omnistep.bin.output_lock import OutputLock
-from omnistep.bin.position import Position, start
+from omnistep.bin.output_lock import lock_output, make_place
+from omnistep.bin.passes import with_date
+from omnistep.bin.position import Position, fitted, start
 from omnistep.bin.report import Dispatched, Meters, Say, report
 from omnistep.bin.spawn import spawn
 from omnistep.bin.stop import RESUME_ME, Stop
@@ -28,9 +29,8 @@ from omnistep.core import rng
 from omnistep.core.allocator import keep_freed_memory
 from omnistep.core.batch import Batch
 from omnistep.core.cache import keep_compiled_code_private
-from omnistep.core.checkpoint.place import Place, try_to_write
 from omnistep.core.checkpoint.protocol import CheckpointError, CheckpointStore
-from omnistep.core.checkpoint.ranks import Ranks, all_ranks
+from omnistep.core.checkpoint.ranks import all_ranks
 from omnistep.core.checkpoint.store import open_store
 from omnistep.core.config import TRAIN, Arguments
 from omnistep.core.config_errors import ConfigError
@@ -105,6 +105,9 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
     # What takes part. The data comes first: its worker processes must start before jax does.
     model = with_frozen(read_model(args.model), train)
     tokenizer = build.read_tokenizer(args.model, model.cfg)
+    together = all_ranks()
+    recipe = output / "recipe.yaml"
+    args = together.broadcast(with_date(args, tokenizer, recipe))
     mesh = build.make_mesh(train, world_size)
     images = build.make_image_rules(args, model, mesh)
     if mesh.device.type == "cpu":
@@ -113,7 +116,6 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
     first = mesh.rank == 0  # it alone writes logs; checkpoints are written by all
     say = show if first else lambda text: None
     peak = peak_flops(mesh.device, layout.dtype)  # a CPU's is measured: before others take a core
-    together = all_ranks()
     data = build.open_data(args, tokenizer, images, mesh, together, say)
     held_out = build.open_eval(args, tokenizer, images, together, say)
     optimizer = build.make_optimizer(train, model)
@@ -147,8 +149,9 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
         )
         stack.callback(store.close)
         position = start(args, model, store, layout, optimizer, say)
-        batches = data.loader.batches(position.data)  # refuses a checkpoint made with other data
-        recipe, over = output / "recipe.yaml", position.step > data.total_steps
+        position = fitted(position, data.loader, train.restart_data, say)
+        batches = data.loader.batches(position.data)
+        over = position.step > data.total_steps
         if over:
             say(f"    over  step {position.step} is beyond {data.total_steps}: nothing to train")
         if first and not (over and recipe.exists()):
@@ -243,21 +246,6 @@ def run(args: Arguments, stop: Stop, world_size: int) -> int:
     return 0
 
 
-def lock_output(output: Path, ranks: Ranks, stack: ExitStack) -> None:
-    """Has rank 0 hold the output_dir, before anything is written. Raises CheckpointError on all
-    ranks: nothing can be written there, or another run writes."""
-
-    def hold() -> None:
-        try:
-            str(output).encode("utf-8")
-        except UnicodeEncodeError:
-            raise RunError("train.output_dir: the name of a directory must be UTF-8") from None
-        make_place("train.output_dir", output)
-        stack.enter_context(OutputLock(output, show))
-
-    ranks.ask_first(hold)
-
-
 def save(store: CheckpointStore, position: Position) -> None:
     """Waits until it is done; a step is not saved twice."""
     if position.step not in store.steps():
@@ -269,17 +257,6 @@ def evaluations(metrics: Path) -> dict[int, float]:
     """The held-out losses that metrics.jsonl holds, by step."""
     rows = [row for row in read_metrics(metrics) if "eval_loss" in row]
     return {r["step"]: math.nan if r["eval_loss"] is None else r["eval_loss"] for r in rows}
-
-
-def make_place(argument: str, directory: Place) -> None:
-    """Raises RunError where nothing can be written: now, not when the first checkpoint is due."""
-    try:
-        try_to_write(directory)
-    except OSError as error:
-        raise RunError(
-            f"{argument}: nothing can be written to {directory} ({error.strerror or error}); "
-            "choose another directory"
-        ) from None
 
 
 def held_out_loss(

@@ -105,6 +105,9 @@ class DataArguments:
     chat_template: str = arg(
         "default", "a built-in name, `tokenizer` for the tokenizer's own, or a Jinja file"
     )
+    chat_date: str | None = arg(
+        None, "YYYY-MM-DD that templates tell", otherwise="the day on which the run began"
+    )
     max_seq_len: int = arg(2048, "tokens of the longest sample", Limits(2))
     num_workers: int = arg(4, "loader processes; 0: load in the main process", NOT_NEGATIVE)
     drop_last: bool = arg(
@@ -152,6 +155,9 @@ class TrainArguments:
     )
     max_skipped_steps: int = arg(
         10, "steps in a row with a non-finite gradient after which the run stops", POSITIVE
+    )
+    restart_data: bool = arg(
+        False, "go on from a checkpoint with other data: from its start, where it does not fit"
     )
     rank_timeout: float = arg(
         120.0, "seconds until a rank that does not come or shows no life ends the run", POSITIVE

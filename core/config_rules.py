@@ -4,6 +4,7 @@
 `ConfigError` where the result cannot be run.
 """
 
+import datetime
 import importlib.resources
 import re
 from collections.abc import Iterator, Mapping
@@ -55,6 +56,13 @@ DATASETS = "omnistep.datasets"
 """The group of entry points under which an installed package registers datasets by name."""
 SHIPPED = "omnistep:"
 """How a path into the installed package begins."""
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return bool(datetime.date.fromisoformat(text))
+    except ValueError:
+        return False
 
 
 # ---- what follows from what ----------------------------------------------------------------
@@ -187,6 +195,8 @@ def _each_alone(args: Arguments) -> Iterator[Problem]:
         if kind not in known:
             text = f"must be {', '.join(known)} or package.module:function{nearest(kind, known)}"
             yield Problem(("data.datasets_type",), text)
+    if (date := args.data.chat_date) is not None and not _is_date(date):
+        yield Problem(("data.chat_date",), f"{shown(date)} is no date as in 2026-11-27")
     if kind == "mapping" and args.data.shuffle_buffer is not None:
         text = "shuffles streams; by random access (data.datasets_type mapping) all is shuffled"
         yield Problem(("data.shuffle_buffer", "data.datasets_type"), text)

@@ -51,7 +51,8 @@ def rates(meter: Meter, *, steps_left: int, peak: float | None = None) -> dict[s
     """What the meter reads; empty before the second tick.
 
     `tokens_per_second`, `step_seconds`, `eta_seconds` (at the present pace), `data_wait_share`
-    (of the time, 0 to 1) and, where `peak` (FLOP/s of all devices together) is known, `mfu`.
+    (of the time, 0 to 1) and, where `peak` (FLOP/s of all devices together) is known, `mfu`: of a
+    peak that is exceeded, which was measured too low, 1.
     """
     if meter.seconds <= 0:
         return {}
@@ -63,7 +64,8 @@ def rates(meter: Meter, *, steps_left: int, peak: float | None = None) -> dict[s
         "data_wait_share": meter.waited / meter.seconds,
     }
     if peak:
-        readings["mfu"] = meter.flops / meter.seconds / peak
+        rate = meter.flops / meter.seconds
+        readings["mfu"] = rate / max(peak, rate)
     return readings
 
 
@@ -115,19 +117,18 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 @cache
 def _measured_cpu_peak(dtype: torch.dtype, threads: int, seconds: float = 0.15) -> float:
-    """The best of the square products that fit in `seconds`; at least two, the first to warm up.
+    """The best of the square products that fit in `seconds`, by either of the libraries that
+    products are made with; at least two of each, the first to warm up.
 
     `threads` is only there so that another number of threads is measured anew.
     """
     size = 1024
     a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    best, end = float("inf"), time.perf_counter() + seconds
-    multiply = wide_product if goes_wide(a) else torch.mm
-    multiply(a, b)
-    while True:
-        start = time.perf_counter()
+    best, ways = float("inf"), [torch.mm, *([wide_product] if goes_wide(a) else [])]
+    for multiply in ways:
         multiply(a, b)
-        now = time.perf_counter()
-        best = min(best, now - start)
-        if now > end:
-            return 2 * size**3 / best
+        end = time.perf_counter() + seconds / len(ways)
+        while (start := time.perf_counter()) < end or best == float("inf"):
+            multiply(a, b)
+            best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

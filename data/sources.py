@@ -1,5 +1,6 @@
 """The Reader that the data arguments ask for: its sources, their transforms, their order."""
 
+import datetime
 import importlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -51,6 +52,8 @@ class Described:
     datasets_type: str = "mapping"
     text_keys: tuple[str, ...] = attrs.field(default=("content_split",), converter=key_names)
     chat_template: str = "default"
+    now: datetime.datetime | None = None
+    """The moment that the template tells."""
     image_keys: tuple[str, ...] = attrs.field(default=("images",), converter=key_names)
     shuffle_buffer: int | None = None
 
@@ -111,7 +114,7 @@ def open_reader(described: Described, tokenizer: Tokenizer, rules: BlockRules, s
 def make_transform(described: Described, tokenizer: Tokenizer, rules: BlockRules) -> Transform:
     if described.data_type == "plaintext":
         return Plaintext(tokenizer, rules.longest, described.text_keys)
-    template = open_template(described.chat_template, tokenizer, rules.images)
+    template = open_template(described.chat_template, tokenizer, rules.images, described.now)
     return Conversation(
         tokenizer,
         rules.longest,

@@ -73,5 +73,6 @@ def check_made_with(state: DataState, now: Mapping[str, int | float | str]) -> N
     if changed:
         raise DataError(
             "the data position of the checkpoint belongs to other data or data arguments: "
-            f"{'; '.join(changed)}. Set them back, or start the data anew"
+            f"{'; '.join(changed)}. Set them back, or set train.restart_data to read the new data "
+            "from its start"
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from omnistep.bin import programs, train
+from omnistep.bin import output_lock, programs, train
 from omnistep.bin.model import RunError
 from omnistep.bin.output_lock import OutputLock
 from omnistep.bin.stop import RESUME_ME, Stop
@@ -271,6 +271,6 @@ def test_a_run_error_names_the_directory(files, tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train, "try_to_write", full)
+    monkeypatch.setattr(output_lock, "try_to_write", full)
     with pytest.raises(RunError, match=r"nothing can be written to .*run \(No space left"):
-        train.make_place("train.output_dir", tmp_path / "run")
+        output_lock.make_place("train.output_dir", tmp_path / "run")

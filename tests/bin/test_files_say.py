@@ -1,6 +1,7 @@
 """What a model's files say beside its config.json: which tensors there are, where answers end."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from omnistep.core.config import ModelArguments
 from omnistep.data.tokenizer import load_tokenizer
 from tests.bin.runs import TOKENIZER, call, settings, succeeded, words
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 4096, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
     "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
 }  # fmt: skip
@@ -44,7 +45,7 @@ def spoken(place, *more):
 def greedy(place):
     tokenizer = AutoTokenizer.from_pretrained(place)
     ids = tokenizer("To be", return_tensors="pt", add_special_tokens=False).input_ids
-    theirs = AutoModelForCausalLM.from_pretrained(place)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(place)
     out = theirs.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 

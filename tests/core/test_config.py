@@ -115,7 +115,7 @@ ADDED = {
     *("train.keep_checkpoint_every", "train.checkpoint_format"),
     *(
         "train.max_skipped_steps",
-        "train.rank_timeout",
+        *("train.rank_timeout", "train.restart_data", "data.chat_date"),
         "train.data_parallel_replicate_size",
         "infer.prompt",
         "infer.prompt_file",

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from omnistep.core import param
@@ -370,7 +370,7 @@ def test_the_original_length_may_stand_at_the_top(place):
         raw["original_max_position_embeddings"] = 128
     if place in ("inside", "both"):
         raw["rope_scaling"] = yarn | {"original_max_position_embeddings": 64}
-    theirs = AutoConfig.for_model(**json.loads(json.dumps(raw)))
+    theirs: Any = LlamaConfig(**json.loads(json.dumps(raw)))
     LlamaRotaryEmbedding(theirs)  # which is when they look at the top
     ours = decoder_config(raw).rope_scaling
     key = "original_max_position_embeddings"
