@@ -165,7 +165,11 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], direct
         flags = ("lstrip", "rstrip", "single_word", "normalized")
         added = {flag: bool(how[flag]) for flag in flags if flag in how}
         is_special = text in texts or bool(how.get("special", False))
-        backend.add_tokens([tokenizers.AddedToken(text, special=is_special, **added)])
+        try:
+            backend.add_tokens([tokenizers.AddedToken(text, special=is_special, **added)])
+        except UnicodeEncodeError as error:
+            where = directory / "tokenizer_config.json"
+            raise DataError(f"{where}: a token is no text: {error}") from error
 
 
 def _text_of_token(token: Any) -> str | None:

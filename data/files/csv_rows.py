@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from attrs import define, frozen
+from attrs import Factory, define, frozen
 
 from omnistep.data.errors import DataError
 from omnistep.data.files.records import LONGEST_RECORD, put_back, too_long, without_mark
@@ -51,55 +51,97 @@ class Row:
         return dict(zip(self.names, values, strict=True))
 
 
+_VALUE = rb'(?:"(?:[^"]++|"")*+"\r?|[^",\n]*+)'
+ROW = re.compile(_VALUE + rb"(?:," + _VALUE + rb")*+\n")
+LAST_ROW = re.compile(_VALUE + rb"(?:," + _VALUE + rb")*+\Z")
+"""The beginning of one, or one at the end of a file that does not end in a line end."""
+OPEN_ROW = re.compile(rb"(?:" + _VALUE + rb',)*+"(?:[^"]++|"")*+"?\Z')
+"""A row whose last value is in quotes that have not been closed yet."""
+
+
 @define
 class RowCutter:
-    """A line end ends a row where the number of quotes before it is even."""
+    """A line end ends a row, unless it stands in a quoted value. A row with a quote out of place
+    ends with its line: it must not take further ones along. So where the file ends in a value whose
+    quotes were never closed, the line that opened them is a row by itself."""
 
     blank: bytes = LINE_ENDS
     line: int = 1
-    in_quotes: bool = False
+    _ends: list[int] = Factory(list)
+    """Of the rows in the block that `whole_rows` gave last."""
+
+    def whole_rows(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        """The same bytes in blocks of whole rows. Of what is longer than a record may be, blocks
+        without an end."""
+        held = b""
+        for chunk in chunks:
+            held += chunk
+            self._ends = _row_ends(held, last=False)
+            if self._ends or (len(held) > LONGEST_RECORD and b"\n" not in held):
+                stop = self._ends[-1] if self._ends else len(held)
+                block, held = held[:stop], held[stop:]
+                yield block
+        if held:
+            self._ends = _row_ends(held, last=True)
+            yield held
 
     def __call__(self, chunk: bytes) -> tuple[np.ndarray, np.ndarray]:
         content = np.frombuffer(chunk, np.uint8)
         breaks = np.flatnonzero(content == ord("\n"))
-        quotes = np.flatnonzero(content == ord('"'))
-        before = np.searchsorted(quotes, breaks) + self.in_quotes
-        outside = np.flatnonzero(before % 2 == 0)
-        following = outside + (self.line + 1)
+        ends = np.array(self._ends, np.int64)
+        following = np.searchsorted(breaks, ends) + self.line
         self.line += len(breaks)
-        self.in_quotes = (len(quotes) + self.in_quotes) % 2 == 1
-        return breaks[outside] + 1, following
+        return ends, following
 
     def finish(self) -> bool:
         return True
 
 
+def _row_ends(content: bytes, last: bool) -> list[int]:
+    """Where rows end in bytes that begin with a row; `last`: no more bytes come."""
+    if b'"' not in content:
+        return (np.flatnonzero(np.frombuffer(content, np.uint8) == ord("\n")) + 1).tolist()
+    ends, place = [], 0
+    while place < len(content):
+        if found := ROW.match(content, place):
+            place = found.end()
+        else:
+            may_go_on = not last and len(content) - place <= LONGEST_RECORD
+            stop = content.find(b"\n", place) + 1
+            sound = (may_go_on or last) and LAST_ROW.match(content, place)
+            if not stop or sound or (may_go_on and OPEN_ROW.match(content, place)):
+                break
+            place = stop
+        ends.append(place)
+    return ends
+
+
 def csv_file(chunks: Iterator[bytes], name: str, keys: Sequence[str]) -> Layout:
     """Reads the header. `keys`: the columns wanted; DataError where there is none of them."""
     begin, chunks = without_mark(chunks, name)
-    line, held = 1, b""
-    while True:
-        cutter, chunk = RowCutter(), next(chunks, b"")
-        held += chunk
-        ends, following = cutter(held)
-        if len(ends) or not chunk:
-            end = int(ends[0]) if len(ends) else len(held)
-            lines = int(following[0]) - 1 if len(ends) else 1
-            header, held = held[:end], held[end:]
-            begin, line = begin + end, line + lines
-            if header.strip(LINE_ENDS) or not held:
-                break
-            chunks = put_back(held, chunks)
-            held = b""
-        elif len(held) > LONGEST_RECORD:
-            raise too_long(f"{name}, the header", len(held))
-    parse = Row(_names(header, name, keys))
-    return Layout(put_back(held, chunks), begin, line, RowCutter(line=line), Syntax("line", parse))
+    cutter, line, header = RowCutter(), 1, b""
+    blocks = cutter.whole_rows(chunks)
+    for block in blocks:
+        ends, following = cutter(block)
+        if not len(ends):
+            if len(block) > LONGEST_RECORD:
+                raise too_long(f"{name}, the header", len(block))
+            ends, following = np.array([len(block)]), np.array([line + 1])
+        start = 0
+        for i, end in enumerate(ends.tolist()):
+            header = block[start:end]
+            if header.strip(LINE_ENDS):
+                parse = Row(_names(header, name, keys))
+                line, rest = int(following[i]), block[end:]
+                body = RowCutter(line=line)
+                chunks = body.whole_rows(put_back(rest, blocks))
+                return Layout(chunks, begin + end, line, body, Syntax("line", parse))
+            start = end
+        begin, line = begin + len(block), int(following[-1])
+    return Layout(iter(()), begin, line, RowCutter(line=line), Syntax("line", Row(())))
 
 
 def _names(header: bytes, name: str, keys: Sequence[str]) -> tuple[str, ...]:
-    if not header.strip(LINE_ENDS):
-        return ()  # an empty file: no header, no rows
     try:
         names = tuple(fields(header.decode("utf-8").rstrip("\r\n")))
     except ValueError as error:
