@@ -141,10 +141,10 @@ BREAKS = (
     ),
     Break(
         "what is learnt of a turn begins a token late",
-        "data/chat.py",
-        "spans[i] = (begin + len(opening), end + len(closing))",
-        "spans[i] = (begin + len(opening) + 1, end + len(closing))",
-        "tests/data/test_chat.py tests/data/test_conversation.py",
+        "data/turns.py",
+        "            begin = len(prompt.text)\n",
+        "            begin = len(prompt.text) + 1\n",
+        "tests/data/test_turns.py tests/data/test_chat.py",
     ),
     Break(
         "a skipped checksum: of an array's chunks",

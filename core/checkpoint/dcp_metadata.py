@@ -10,7 +10,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _ALLOWED = {
@@ -42,13 +41,15 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint")
 
 
-def load_metadata(content: bytes) -> Metadata:
-    """Reads torch's Metadata from the bytes of `.metadata`; of whatever else they say nothing
-    happens.
+def load_metadata(content: bytes) -> Any:
+    """Reads torch's Metadata (torch.distributed.checkpoint.metadata) from the bytes of `.metadata`;
+    of whatever else they say nothing happens.
 
     Raises pickle.UnpicklingError where they name something else, ValueError where a tensor's file
     would lie outside the checkpoint's directory; bytes that were altered raise nearly anything.
     """
+    from torch.distributed.checkpoint.metadata import Metadata  # takes seconds
+
     metadata = _Unpickler(io.BytesIO(content)).load()
     if not isinstance(metadata, Metadata):
         raise ValueError(f"it holds a {type(metadata).__name__}")
@@ -59,6 +60,6 @@ def load_metadata(content: bytes) -> Metadata:
     return metadata
 
 
-def read_metadata(path: Path) -> Metadata:
+def read_metadata(path: Path) -> Any:
     """Reads a file `.metadata`. Raises as `load_metadata`, and OSError."""
     return load_metadata(path.read_bytes())

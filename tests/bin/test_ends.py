@@ -37,7 +37,7 @@ class Texts:
         return 400
     def __getitem__(self, index):
         self.reads += 1
-        if self.reads > 450:
+        if self.reads > 1000:
             if self.what == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.what == "gone":
