@@ -107,6 +107,8 @@ def read_recipe(path: str) -> list[Setting]:
         raise ConfigError([f"{path}:{line}: not valid YAML: {error.problem}"]) from None
     except yaml.YAMLError as error:
         raise ConfigError([f"recipe {path}: not valid YAML: {error}"]) from None
+    except RecursionError:
+        raise ConfigError([f"recipe {path}: nested too deeply"]) from None
     names = [setting.name for setting in settings]
     for index, setting in enumerate(settings):
         if setting.name in names[:index]:

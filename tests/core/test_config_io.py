@@ -374,3 +374,10 @@ def test_a_key_inside_of_a_mapping():
     assert args.model.encoders == {"image": {"config_path": "b", "window": 3, "side": 7}}
     with pytest.raises(ConfigError, match=r"train\.lr\.x = .*no such argument"):
         parse(["--train.lr.x=1"])
+
+
+def test_a_recipe_too_deep_is_an_error(tmp_path):
+    path = tmp_path / "deep.yaml"
+    path.write_text("model: " + "[" * 5000)
+    with pytest.raises(ConfigError, match=r"deep\.yaml: nested too deeply|not valid YAML"):
+        parse([str(path)])
