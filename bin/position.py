@@ -168,8 +168,15 @@ def restore(
             "train.freeze as in the recipe.yaml of its run"
         )
     found = source.restore(wanted, step, device=device)
-    data, meters, config = (json.loads(found[name]) for name in ("data", "meters", "model"))
-    return Position(found["state"], DataState.from_json(data), meters, config)
+    try:
+        data, meters, config = (json.loads(found[name]) for name in ("data", "meters", "model"))
+        counts = {"tokens": float(meters["tokens"]), "skipped": float(meters["skipped"])}
+        return Position(found["state"], DataState.from_json(data), counts, dict(config))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(
+            f"the texts of the checkpoint {source.directory}/{step} are no position of a run: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def model_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -314,4 +314,7 @@ def changes(args: Arguments, path: Path) -> list[str]:
 def dump(args: Arguments, path: str | os.PathLike[str]) -> None:
     """Writes resolved arguments as the recipe that reproduces their run."""
     header = "# All arguments of a run, resolved: started from this file it is the same run.\n"
-    Path(path).write_text(header + to_yaml(args), encoding="utf-8")
+    try:
+        Path(path).write_text(header + to_yaml(args), encoding="utf-8")
+    except OSError as error:  # which names no file where the disk is full
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ from omnistep.bin import output_lock, programs, train
 from omnistep.bin.model import RunError
 from omnistep.bin.output_lock import OutputLock
 from omnistep.bin.stop import RESUME_ME, Stop
+from omnistep.core.checkpoint import DamagedError
+from omnistep.core.config import Arguments
+from omnistep.core.config_io import dump
 from omnistep.core.logs import read_metrics
 from tests.bin.runs import (
     call,
@@ -274,3 +278,30 @@ def test_a_run_error_names_the_directory(files, tmp_path, monkeypatch):
     monkeypatch.setattr(output_lock, "try_to_write", full)
     with pytest.raises(RunError, match=r"nothing can be written to .*run \(No space left"):
         output_lock.make_place("train.output_dir", tmp_path / "run")
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", "3", '{"tokens": "x"}'])
+def test_texts_of_a_checkpoint_that_are_none(text, trained, monkeypatch):
+    """With checksums that fit: whoever wrote them is not us."""
+    from omnistep.bin import position
+    from omnistep.core.checkpoint.store import open_store
+
+    with closing(open_store(trained / "checkpoints")) as source:
+        step = source.steps()[-1]
+        held = source.stored(step)
+        names = {"data", "meters", "model"}
+        state = {n.removeprefix("state."): v for n, v in held.items() if n not in names}
+        fake = dict.fromkeys(names, text) | {"state": state}
+        monkeypatch.setattr(type(source), "restore", lambda *_, **__: fake)
+        monkeypatch.setattr(position, "leaves_with_names", lambda _: held)
+        with pytest.raises(DamagedError, match=r"are no position of a run: \w+Error"):
+            position.restore(source, step, None, None)  # pyright: ignore
+
+
+def test_a_full_disk_names_the_recipe(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*recipe\.yaml'"):
+        dump(Arguments(), tmp_path / "recipe.yaml")

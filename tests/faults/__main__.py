@@ -19,7 +19,7 @@ from tests.faults.truth import World
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("--runs", type=int, default=240, help="how many (240)")
+    parser.add_argument("--runs", type=int, default=320, help="how many (320)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (0)")
     parser.add_argument("--only", type=int, metavar="NUMBER", help="this one alone; no page")
     args = parser.parse_args(argv)

@@ -22,7 +22,7 @@ CHANGES = frozenset({Call.CREATE, Call.MKDIR, Call.RENAME, Call.UNLINK})
 READ_ONLY = (errno.EROFS, errno.EACCES)
 STORES = frozenset({Call.WRITE, Call.SYNC})
 FETCHES = frozenset({Call.OPEN, Call.READ})
-KILL = (signal.SIGKILL,)
+KILL, STOP = (signal.SIGKILL,), (signal.SIGSTOP,)
 
 
 @frozen
@@ -202,8 +202,10 @@ FAULTS: Mapping[str, Draw] = {
     "SIGKILL of all ranks at a moment": signal_at_a_moment(
         KILL, Whom.RANKS, Whom.LAUNCHER, Whom.EVERYONE
     ),
-    "SIGTERM or SIGUSR1 of one rank at a call": signal_at_a_call(WISHES, Whom.SELF, one),
-    "SIGTERM or SIGUSR1 of the job at a moment": signal_at_a_moment(WISHES, Whom.LAUNCHER),
+    "a wish to end of one rank at a call": signal_at_a_call(WISHES, Whom.SELF, one),
+    "a wish to end of the job at a moment": signal_at_a_moment(WISHES, Whom.LAUNCHER),
+    "one of several ranks is stopped at a call": signal_at_a_call(STOP, Whom.SELF, one),
+    "one of several ranks is stopped at a moment": signal_at_a_moment(STOP, Whom.SELF),
     "disk full on one rank": error_at_a_call(SPACE, (errno.ENOSPC,), one),
     "disk full on all ranks": error_at_a_call(SPACE, (errno.ENOSPC,), every),
     "disk full for one call": error_at_a_call(SPACE, (errno.ENOSPC,), one, lasting=0),
@@ -228,6 +230,8 @@ def make_case(world: World, seed: int, number: int, ranks: tuple[int, ...] = RAN
     """The case of this number: the faults come in turn, each on every number of ranks in turn."""
     turn, at = divmod(number, len(FAULTS))
     fault = list(FAULTS)[at]
+    if "of several ranks" in fault:
+        ranks = tuple(n for n in ranks if n > 1)
     here = ranks[(turn + at) % len(ranks)]
     draw = random.Random(f"{seed}/{number}")
     others = [n for n in ranks if n != here]

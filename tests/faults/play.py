@@ -9,6 +9,7 @@ from typing import Literal
 
 from attrs import frozen
 
+from omnistep.bin.heartbeat import LOST_PEER
 from omnistep.bin.stop import ASKED, RESUME_ME
 from tests.bin.runs import content, saved_steps
 from tests.faults.cases import Case
@@ -118,6 +119,10 @@ def ending(case: Case, job: Job) -> list[str]:
     if strike.signal == signal.SIGKILL:
         told = job.code == 128 + signal.SIGKILL and "was killed by SIGKILL" in job.err
         return [] if job.code == -signal.SIGKILL or told else [f"after a SIGKILL: {text}"]
+    if strike.signal == signal.SIGSTOP:
+        silent = job.code == LOST_PEER and "has given no sign of life for" in job.err
+        absent = job.code == 1 and "did not come within" in job.err
+        return [] if silent or absent else [f"after a rank was stopped: {text}"]
     if strike.signal:
         if job.code == RESUME_ME:
             told = ASKED.decode() in job.err or case.ranks > 1

@@ -4,7 +4,16 @@ from collections.abc import Iterable, Sequence
 
 from tests.faults.cases import FAULTS, RANKS
 from tests.faults.play import Outcome
-from tests.faults.truth import CUT, KEEP, KEEP_EVERY, LOSS_TOLERANCE, SAVE, STEPS, WEIGHT_TOLERANCE
+from tests.faults.truth import (
+    ALIVE,
+    CUT,
+    KEEP,
+    KEEP_EVERY,
+    LOSS_TOLERANCE,
+    SAVE,
+    STEPS,
+    WEIGHT_TOLERANCE,
+)
 
 HEADINGS = (
     "fault",
@@ -32,10 +41,11 @@ to restore. One fault befalls it, at a place drawn from the seed.
 texts of the last checkpoint (weights, moments, step, keys, data position, meters, the model's
 config) are those of a run on the same mesh that nobody disturbed.
 
-**Ended**: killed by the fault; or asked to stop, having saved (before the run listens, in its first
-tenths of a second, and after its last line the signal alone ends it); or with one `error:` that
-names the cause. Never with a traceback, never by hanging. At that moment every checkpoint that had
-been committed and was to be kept is there, and each one there restores to the bits of the
+**Ended**: killed by the fault; or by the ranks that miss a stopped one, which they name within
+{ALIVE:.0f} seconds (train.rank_timeout; 120 by default); or asked to stop, having saved (before the
+run listens, in its first tenths of a second, and after its last line the signal alone ends it); or
+with one `error:` that names the cause. Never with a traceback, never by hanging. At that moment
+every checkpoint that had been committed and was to be kept is there, and each one there restores to the bits of the
 undisturbed run's. The retry (`--train.load_checkpoint_path auto`, no fault) begins at the newest of
 them, finds none that is not sound, and leaves no remains of the save that was cut off.
 

@@ -16,6 +16,8 @@ from tests.faults.jobs import Job, Server
 from tests.faults.shim import NOTHING, Strike
 
 STEPS, SAVE, KEEP, KEEP_EVERY = 8, 2, 1, 4
+ALIVE = 8.0
+"""Seconds until a stopped rank is named."""
 CUT = 7
 """The step at which the run was cut off that a resumed one goes on with; 6 is its last save."""
 
@@ -112,6 +114,7 @@ class World:
                 "data_train_size": STEPS * 4 * 32,
                 "train_global_batch_size": 4,
                 "train_save_steps": SAVE,
+                "train_rank_timeout": ALIVE,
                 "train_keep_checkpoints": KEEP,
                 "train_keep_checkpoint_every": KEEP_EVERY,
                 "train_load_checkpoint_path": "auto",
