@@ -45,9 +45,10 @@ config) are those of a run on the same mesh that nobody disturbed.
 {ALIVE:.0f} seconds (train.rank_timeout; 120 by default); or asked to stop, having saved (before the
 run listens, in its first tenths of a second, and after its last line the signal alone ends it); or
 with one `error:` that names the cause. Never with a traceback, never by hanging. At that moment
-every checkpoint that had been committed and was to be kept is there, and each one there restores to the bits of the
-undisturbed run's. The retry (`--train.load_checkpoint_path auto`, no fault) begins at the newest of
-them, finds none that is not sound, and leaves no remains of the save that was cut off.
+every checkpoint that had been committed and was to be kept is there, and each one there restores
+to the bits of the undisturbed run's. The retry (`--train.load_checkpoint_path auto`, no fault)
+begins at the newest of them, finds none that is not sound, and leaves no remains of the save that
+was cut off.
 
 **Fell back**: the newest checkpoint could not be read. The run said so, naming step and array, set
 it aside as `<step>.damaged` and went on from an older one. Damage to a file that no restore reads
