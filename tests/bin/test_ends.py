@@ -122,6 +122,9 @@ def test_whoever_read_the_output_may_go(files, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, reason="the tests run under nohup"
+)
 def test_a_connection_that_drops_saves(files, tmp_path, server):
     output = tmp_path / "run"
     job = server.start("train", words(settings(files, output, data_train_size=10**6)))
