@@ -10,7 +10,7 @@ between the messages is compared, whose places marks show that went through the 
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +18,7 @@ from attrs import define, field
 
 from omnistep.data.chat import REASONING, Marks, Message, Rendered, Span, Template
 from omnistep.data.errors import DataError
+from omnistep.data.marks import mark_message, reasoning, take_out
 from omnistep.data.tokenizer import Tokenizer
 
 Tools = Sequence[Any] | None
@@ -85,6 +86,11 @@ class _Conversation:
     marks: Marks = field(init=False)
     whole: _Text = field(init=False)
     _places: dict[tuple[int, int, bool], Span | None] = field(init=False, factory=dict)
+    _prompts: dict[str, str] = field(init=False, factory=dict)
+    """By the role of the last message: what stands behind its last words in a text with a
+    generation prompt."""
+    _closings: set[str] = field(init=False, factory=set)
+    """What stood behind a turn's last words, to a special token that ended it."""
 
     def __attrs_post_init__(self) -> None:
         self.marks = self.template.marks_for(self.messages, self.tools)
@@ -102,11 +108,11 @@ class _Conversation:
         if self.tools and self._without(self.messages, None):
             raise self._left_out("tools")
         if any(message.get("tool_calls") for message in self.messages):
-            plain = [_take_out(message, ("tool_calls",)) for message in self.messages]
+            plain = [take_out(message, ("tool_calls",)) for message in self.messages]
             if self._without(plain, self.tools):
                 raise self._left_out("tool calls")
-        if any(_reasoning(message) for message in self.messages):
-            plain = [_take_out(message, REASONING) for message in self.messages]
+        if any(reasoning(message) for message in self.messages):
+            plain = [take_out(message, REASONING) for message in self.messages]
             if self._without(plain, self.tools) and not _takes_reasoning(self.template):
                 raise self._left_out("reasoning")
 
@@ -142,12 +148,17 @@ class _Conversation:
 
     def turn(self, i: int) -> Span | None:
         """Finds the turn of the assistant's message i; None: nothing of it is in the text."""
-        prompt = self._first(i, prompt=True)
-        if prompt is not None and self.text.startswith(prompt.text):
-            begin = len(prompt.text)
-        else:
-            begin = self._begin(i, prompt)
-        end = None if begin is None else self._end(i, begin)
+        begin, end = self._as_others(i)
+        if begin is None:
+            prompt = self._first(i, prompt=True)
+            if prompt is not None and self.text.startswith(prompt.text):
+                begin = len(prompt.text)
+            else:
+                begin = self._begin(i, prompt)
+            self._remember_prompt(i, prompt)
+        if end is None and begin is not None:
+            end = self._end(i, begin)
+            self._remember_closing(i, end)
         if begin is None or end is None:
             if self._without([*self.messages[:i], *self.messages[i + 1 :]], self.tools):
                 return None
@@ -172,6 +183,9 @@ class _Conversation:
         at = self.text.rfind(opening, before[1] if before else 0, first) if opening else -1
         if at >= 0:
             return at + len(opening)
+        if before is not None and here is not None:  # behind what ends the message before
+            ended = _pattern(self.template.ends).search(self.text, before[1], first)
+            return ended.end() if ended else first
         return first if here else None
 
     def _end(self, i: int, begin: int) -> int | None:
@@ -196,6 +210,48 @@ class _Conversation:
         alike = here[1] + _shared(closing, self.text[here[1] :], self.template.ends)
         return max(alike, special.end() if special else begin)
 
+    def _as_others(self, i: int) -> tuple[int | None, int | None]:
+        """Where message i's turn begins and ends if it does as turns before it did: to ask the
+        template about each turn of a long conversation would take its square."""
+        here, before = self._place(i), self._place(i - 1) if i else None
+        if here is None or not (self._prompts or self._closings) or not self._stands_alone(i, here):
+            return None, None
+        begin = end = None
+        special, prompt = _pattern(self.template.ends), ""
+        if before is not None:
+            prompt = self._prompts.get(self.messages[i - 1]["role"], "")
+            same = _shared(prompt, self.text[before[1] :], self.template.ends)
+            first = special.search(prompt)
+            if first is not None and same >= first.end():
+                begin = before[1] + same
+                begin = begin if same == len(prompt) else min(begin, here[0])
+        closings = [text for text in self._closings if self.text.startswith(text, here[1])]
+        if closings:
+            end = here[1] + len(max(closings, key=len))
+        return begin, end
+
+    def _stands_alone(self, i: int, here: Span) -> bool:
+        """Whether the messages before i are seen in their order, the last of them before it, and
+        those after it behind it."""
+        places = [self._place(j) for j in range(len(self.messages))]
+        before = places[i - 1] if i else None
+        limit = here[0] if before is None else min(before[1], here[0])
+        earlier = all(place is None or place[1] <= limit for place in places[:i])
+        return earlier and all(place is None or place[0] >= here[1] for place in places[i + 1 :])
+
+    def _remember_prompt(self, i: int, prompt: _Text | None) -> None:
+        if i and prompt is not None and (asked := self._place(i - 1, prompt)):
+            self._prompts[self.messages[i - 1]["role"]] = prompt.text[asked[1] :]
+
+    def _remember_closing(self, i: int, end: int | None) -> None:
+        here, last = self._place(i), i + 1 == len(self.messages)
+        if here is None or end is None or last:  # the last turn may end with a token of its own
+            return
+        closing = self.text[here[1] : end]
+        *_, ended = (0, *(found.end() for found in _pattern(self.template.ends).finditer(closing)))
+        if ended and ended == len(closing):
+            self._closings.add(closing)
+
     def _stop(self, begin: int, end: int) -> int:
         """Where a turn has no special token at its end, it is the one that follows that ends it, if
         it follows at once: what opens the next turn, as GLM's `<|user|>`."""
@@ -218,18 +274,39 @@ class _Conversation:
     def _place(self, i: int, text: _Text | None = None) -> Span | None:
         """From the first to the last that is seen of message i in a text (the whole
         conversation's); None: marks do not show it."""
+        if not self._places:
+            self._find_all()
         text = self.whole if text is None else text
         key = (i, text.count, text.prompt)
         if key not in self._places:
             self._places[key] = self._find(i, text)
         return self._places[key]
 
+    def _find_all(self) -> None:
+        """The places of all messages in the whole text by one rendering, where none of their marks
+        is lost or written twice, and their order is sure: what is said beside tool calls a template
+        may put behind what the tools gave."""
+        self._places[-1, -1, False] = None
+        if any(message.get("tool_calls") and message.get("content") for message in self.messages):
+            return
+        mark = self.marks.said
+        marked = [mark_message(message, mark, mark) for message in self.messages]
+        counts = [json.dumps(each, ensure_ascii=False).count(mark) for each in marked]
+        found = self._rendered(marked, False)
+        if found is None or found.text != self.text or len(found.said) != sum(counts):
+            return
+        said = iter(found.said)
+        for i, count in enumerate(counts):
+            own = [next(said) for _ in range(count)]
+            if own:
+                self._places[i, self.whole.count, False] = own[0], own[-1]
+
     def _find(self, i: int, text: _Text) -> Span | None:
         if i >= text.count:
             return None
         for front in (self.marks.said, ""):  # a template may ask what a content begins with
             messages = list(self.messages[: text.count])
-            messages[i] = _mark(messages[i], front, self.marks.said)
+            messages[i] = mark_message(messages[i], front, self.marks.said)
             placed = json.dumps(messages[i], ensure_ascii=False).count(self.marks.said)
             found = self._rendered(messages, text.prompt)
             if found and found.text == text.text and 0 < len(found.said) <= placed:
@@ -243,74 +320,6 @@ class _Conversation:
             "{% endgeneration %} around the assistant's turns in a Jinja file and set "
             "data.chat_template to that, or to a built-in one"
         )
-
-
-# ---- messages ------------------------------------------------------------------------------
-
-
-def _reasoning(message: Message) -> Any:
-    return next((message[name] for name in REASONING if message.get(name)), None)
-
-
-def _take_out(message: Message, names: Sequence[str]) -> Message:
-    kept = {name: value for name, value in message.items() if name not in names}
-    return kept if "content" in kept else {**kept, "content": ""}
-
-
-def _mark(message: Message, front: str, back: str) -> Message:
-    """The message with marks around its content, its reasoning and the names of its tool calls,
-    inside any blanks, so that a template may strip them."""
-    marked = dict(message)
-    content = message.get("content", "")
-    if isinstance(content, list):
-        parts = [dict(part) if isinstance(part, Mapping) else part for part in content]
-        texts = [p for p in parts if isinstance(p, dict) and str(p.get("text", "")).strip()]
-        if texts:
-            texts[0]["text"] = _around(texts[0]["text"], front, "")
-            texts[-1]["text"] = _around(texts[-1]["text"], "", back)
-        marked["content"] = parts
-    elif isinstance(content, str) and content.strip():
-        marked["content"] = _around(content, front, back)
-    for name in REASONING:
-        if isinstance(message.get(name), str) and message[name].strip():
-            marked[name] = _around(message[name], front, back)
-    calls = message.get("tool_calls")
-    if isinstance(calls, list):
-        marked["tool_calls"] = [_mark_call(call, front, back) for call in calls]
-    if marked == dict(message) and isinstance(content, str):
-        marked["content"] = content + back
-    return marked
-
-
-def _mark_call(call: Mapping[str, Any], front: str, back: str) -> Mapping[str, Any]:
-    """A tool call with marks in its arguments; without any at its name, which what the tool gave
-    may repeat."""
-    inner = call.get("function", call)
-    if not isinstance(inner, Mapping):
-        return call
-    arguments = _mark_texts(inner.get("arguments"), front, back)
-    if arguments != inner.get("arguments"):
-        inner = {**inner, "arguments": arguments}
-    elif isinstance(inner.get("name"), str):
-        inner = {**inner, "name": front + inner["name"] + back}
-    return {**call, "function": inner} if "function" in call else inner
-
-
-def _mark_texts(value: Any, front: str, back: str) -> Any:
-    if isinstance(value, str) and value.strip():
-        return _around(value, front, back)
-    if isinstance(value, Mapping):
-        return {name: _mark_texts(each, front, back) for name, each in value.items()}
-    if isinstance(value, list):
-        return [_mark_texts(each, front, back) for each in value]
-    return value
-
-
-def _around(text: str, front: str, back: str) -> str:
-    """Puts these around what is not blank of a text."""
-    core = text.strip()
-    head, _, tail = text.partition(core)
-    return head + front + core + back + tail
 
 
 # ---- texts ---------------------------------------------------------------------------------
