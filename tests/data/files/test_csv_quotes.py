@@ -3,6 +3,7 @@
 import csv
 import io
 import random
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,8 @@ def read(path, stream):
     texts, lost = [], []
     for call in calls:
         try:
-            texts.append(call().content["text"])
+            content: Any = call().content
+            texts.append(content["text"])
         except DataError as error:
             lost.append(str(error))
     return texts, lost
