@@ -176,7 +176,7 @@ def test_no_configuration(files, tmp_path):
         ("[]", "not an object"),
         (json.dumps(CONFIG | {"model_type": "gpt9"}), "model_type 'gpt9' is not built"),
         (json.dumps(CONFIG | {"num_key_value_heads": 3}), "does not fit together"),
-        (json.dumps(CONFIG | {"hidden_size": "wide"}), "does not fit together"),
+        (json.dumps(CONFIG | {"hidden_size": "wide"}), "must be a whole number"),
     ],
 )
 def test_a_configuration_that_cannot_be_used(text, expected, files, tmp_path):

@@ -151,7 +151,7 @@ def test_parameter_count_is_transformers():
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not built"),
         ({"num_key_value_heads": 3}, "4 attention heads can't share 3 key/value heads"),
         ({"rope_scaling": {"type": "longrope"}}, "rope_type 'longrope' is not one of"),
-        ({"hidden_size": "big"}, "does not fit together"),
+        ({"hidden_size": "big"}, "hidden_size is 'big'; it must be a whole number"),
     ],
 )
 def test_what_is_not_built_is_named(change, message):
