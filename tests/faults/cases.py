@@ -23,6 +23,9 @@ READ_ONLY = (errno.EROFS, errno.EACCES)
 STORES = frozenset({Call.WRITE, Call.SYNC})
 FETCHES = frozenset({Call.OPEN, Call.READ})
 KILL, STOP = (signal.SIGKILL,), (signal.SIGSTOP,)
+LOST_DATA = (errno.EIO, errno.ESTALE, errno.ENOENT)
+"""What reading data ends with where a disk or a mount goes."""
+LOST_CONSOLE = (errno.EPIPE, errno.EIO, errno.ENOSPC)
 
 
 @frozen
@@ -61,6 +64,10 @@ class Plan:
     """It goes on from a checkpoint; else it starts."""
     strike: Strike = NOTHING
     damages: tuple[Damage, ...] = ()
+    workers: int = 0
+    """Processes that read data, of each rank."""
+    second: float | None = None
+    """Seconds after which another run is started in the same directory."""
 
 
 Draw = Callable[[random.Random, int, Truth], Plan]
@@ -131,11 +138,52 @@ def error_at_a_call(
 
     def draw_plan(draw: random.Random, ranks: int, truth: Truth) -> Plan:
         resumed, run = begin(draw, truth)
-        calls = [made for made in run.seen.calls if made.call in kinds]
+        calls = [m for m in run.seen.calls if m.call in kinds and not is_outside(m)]
         strike = at_a_call(draw, calls, chosen(draw, ranks))
         return Plan(resumed, fail(draw, strike, kinds, numbers, lasting))
 
     return draw_plan
+
+
+def is_data(made: Made) -> bool:
+    return made.place.startswith("data/")
+
+
+def is_outside(made: Made) -> bool:
+    """Not below the run's directory."""
+    return is_data(made) or made.place == "console"
+
+
+def error_of_data(chosen: Ranks) -> Draw:
+    """From there on, or once."""
+
+    def draw_plan(draw: random.Random, ranks: int, truth: Truth) -> Plan:
+        resumed, run = begin(draw, truth)
+        strike = at_a_call(draw, list(filter(is_data, run.seen.calls)), chosen(draw, ranks))
+        return Plan(resumed, fail(draw, strike, FETCHES, LOST_DATA, 0.5))
+
+    return draw_plan
+
+
+def kill_of_a_worker(draw: random.Random, ranks: int, truth: Truth) -> Plan:
+    (resumed, run), (rank,) = begin(draw, truth), one(draw, ranks)
+    opened = [m for m in run.seen.calls if is_data(m) and (m.rank, m.call) == (rank, Call.OPEN)]
+    at = draw.randrange(1, len(opened))  # the first is the rank's own, which counts the records
+    strike = Strike(frozenset({rank}), Call.OPEN, opened[0].pattern, at, workers=True)
+    return Plan(resumed, attrs.evolve(strike, signal=signal.SIGKILL), workers=1)
+
+
+def error_of_the_console(draw: random.Random, ranks: int, truth: Truth) -> Plan:
+    resumed, run = begin(draw, truth)
+    # not the last line: half of it may be written without an error, which the next one meets
+    said = [made for made in run.seen.calls if made.place == "console"][:-1]
+    strike = at_a_call(draw, said, frozenset({0}))
+    return Plan(resumed, fail(draw, strike, frozenset({Call.WRITE}), LOST_CONSOLE, 0.8))
+
+
+def second_run(draw: random.Random, ranks: int, truth: Truth) -> Plan:
+    resumed, run = begin(draw, truth)
+    return Plan(resumed, second=draw.uniform(0, 0.6 * max(made.seconds for made in run.seen.calls)))
 
 
 def fail(
@@ -214,6 +262,11 @@ FAULTS: Mapping[str, Draw] = {
     "I/O error of a write or fsync": error_at_a_call(STORES, (errno.EIO,), one, lasting=0.5),
     "I/O error of any read": error_at_a_call(FETCHES, (errno.EIO,), one, lasting=0.5),
     "I/O error of a restore": error_of_a_restore,
+    "data cannot be read by one rank": error_of_data(one),
+    "data cannot be read by any rank": error_of_data(every),
+    "SIGKILL of a process that reads data": kill_of_a_worker,
+    "standard output cannot be written": error_of_the_console,
+    "a second run in the same directory": second_run,
     "newest checkpoint truncated": damage_newest("truncated"),
     "newest checkpoint lacks a file": damage_newest("missing"),
     "newest checkpoint has a flipped bit": damage_newest("flipped"),

@@ -1,13 +1,13 @@
 """Jobs of bin/train that are struck: how they are started, and what they leave behind."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from attrs import frozen
 
 from tests.faults.shim import NOTHING, Seen, Strike, build, make_control, read_control
-from tests.forkserver.client import ForkServer
+from tests.forkserver.client import PROGRAMS, ForkServer
 
 PATIENCE = 60.0
 """Seconds after which a job hangs. Undisturbed ones take one or two."""
@@ -26,12 +26,14 @@ class Job:
 
 
 class Server:
-    """Starts jobs of bin/train, one at a time, with the shim loaded. `directory` holds the library
-    and the logs."""
+    """Starts jobs of bin/train with the shim loaded, which watches what they read below `data`.
+    `directory` holds the library and the logs."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory, self._count = directory, 0
-        self._server = ForkServer(directory, environ={"LD_PRELOAD": str(build(directory))})
+    def __init__(self, directory: Path, data: Path) -> None:
+        self._directory, self._data, self._count = directory, data, 0
+        environ = {"LD_PRELOAD": str(build(directory))}
+        self._server = ForkServer(directory, environ=environ)
+        self._plain_server = ForkServer(directory / "plain", PROGRAMS, environ)
 
     def run(
         self,
@@ -41,13 +43,21 @@ class Server:
         strike: Strike = NOTHING,
         *,
         traced: bool = False,
+        forks: bool = False,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> Job:
-        """`bin/train argv --nproc nproc`, struck at its calls on paths below `directory`."""
+        """`bin/train argv --nproc nproc`, struck at its calls on paths below `directory`.
+
+        `forks`: its data workers are forked, and so are watched, too: that takes a second longer.
+        `meanwhile` is called when it has begun.
+        """
         self._count += 1
         control, trace = (self._directory / f"{self._count}.{n}" for n in ("control", "trace"))
-        make_control(control, directory, strike, trace if traced else None)
+        make_control(control, directory, self._data, strike, trace if traced else None)
         began = time.monotonic()
-        job = self._server.start("train", argv, ranks=nproc, control=control)
+        server = self._plain_server if forks else self._server
+        job = server.start("train", argv, ranks=nproc, control=control)
+        meanwhile()
         done = job.wait(PATIENCE)
         seen = read_control(control, trace if traced else None)
         for path in (control, job.stdout, job.stderr):
@@ -56,3 +66,4 @@ class Server:
 
     def close(self) -> None:
         self._server.close()
+        self._plain_server.close()

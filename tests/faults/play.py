@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,16 @@ from omnistep.bin.stop import ASKED, RESUME_ME
 from tests.bin.runs import content, saved_steps
 from tests.faults.cases import Case
 from tests.faults.jobs import PATIENCE, Job
-from tests.faults.truth import CUT, Truth, World, differences, distances, kept, unlike
+from tests.faults.truth import (
+    CUT,
+    Truth,
+    World,
+    differences,
+    distances,
+    kept,
+    read_numbers,
+    unlike,
+)
 
 Verdict = Literal["missed", "finished", "retried", "elsewhere", "failed"]
 """missed: the fault did not come before the run's end. finished: the run went on by itself, to the
@@ -42,14 +52,31 @@ def play(world: World, case: Case) -> Outcome:
     for damage in case.plan.damages:
         damage.apply(output)
     before, steps = content(output / "checkpoints"), set(saved_steps(output))
-    job = world.run(output, case.ranks, case.plan.strike)
+    second: list[Job] = []
+
+    def meanwhile() -> None:
+        if case.plan.second is not None:
+            time.sleep(case.plan.second)
+            second.append(world.run(output, case.ranks))
+
+    job = world.run(
+        output, case.ranks, case.plan.strike, workers=case.plan.workers, meanwhile=meanwhile
+    )
     where = "; ".join(map(str, case.plan.damages)) or job.seen.struck or "not struck"
-    problems = [*ending(case, job), *harm(case, job, output, truth)]
+    problems = [*ending(case, job, output), *harm(case, job, output, truth)]
+    if second:
+        refused = next((run for run in (job, second[0]) if "another run writes" in run.err), None)
+        where = f"{'first' if refused is job else 'second'} refused" if refused else "not struck"
+        problems = refusal(job, second[0], refused)
+        job = second[0] if refused is job else job
     verdict: Verdict = "finished" if where != "not struck" else "missed"
     seconds = job.seconds
     if job.code == 0:
-        problems += [*fall_back(job, output, steps), *differences(output, truth)]
-        problems += retention(job, output, steps)
+        problems += differences(output, truth)
+        if case.plan.strike.pattern != "console":  # which lacks a line
+            problems += fall_back(job, output, steps)
+        if not second:  # which may have made a checkpoint too
+            problems += retention(job, output, steps)
     elif job.code is not None:
         verdict = "retried" if case.retry_ranks == case.ranks else "elsewhere"
         where += f"; ended with {job.code}, {said(job)}"
@@ -67,6 +94,16 @@ def play(world: World, case: Case) -> Outcome:
     else:
         shutil.rmtree(output)
     return Outcome(case, verdict, tuple(problems), where, fell_back, seconds)
+
+
+def refusal(first: Job, second: Job, refused: Job | None) -> list[str]:
+    """What is wrong with how two runs of one directory ended."""
+    ends = [f"exit {run.code}; stderr: {run.err.strip() or 'empty'}" for run in (first, second)]
+    if refused is None:  # the second came when the first was done
+        return [] if (first.code, second.code) == (0, 0) else ends
+    told = re.match(r"error: another run writes into .* \(process \d+ on ", refused.err)
+    other = first if refused is second else second
+    return [] if told and (refused.code, other.code) == (1, 0) else ends
 
 
 def said(job: Job) -> str:
@@ -105,17 +142,35 @@ def retention(job: Job, output: Path, steps: set[int]) -> list[str]:
     return [] if there == wanted else [f"holds the checkpoints {there}, not {wanted}"]
 
 
-def ending(case: Case, job: Job) -> list[str]:
+def saved(case: Case, job: Job, output: Path) -> list[str]:
+    """What is wrong with the checkpoints of a run whose data failed: nothing, where each of its
+    steps is saved."""
+    if not job.seen.struck or not (output / "metrics.jsonl").exists():
+        return []
+    made, newest = max(read_numbers(output), default=0), max(saved_steps(output), default=0)
+    before = CUT if case.plan.resumed else 0  # steps of the run that was cut off
+    return (
+        [] if newest >= made or made <= before else [f"step {made} was made, step {newest} saved"]
+    )
+
+
+def ending(case: Case, job: Job, output: Path) -> list[str]:
     """What is wrong with the way in which a struck run ended."""
     strike, text = case.plan.strike, f"exit {job.code}; stderr: {job.err.strip() or 'empty'}"
     if job.code is None:
         return [f"hung for {PATIENCE:.0f} s; stderr: {job.err.strip()}"]
     if "Traceback" in job.err or "terminate called" in job.err:
         return [f"not a clear error; {text}"]
+    if strike.pattern == "console":
+        told = "standard output can't be written (" in job.err
+        return [] if job.code == 0 and told else [f"standard output was gone; {text}"]
     if job.code == 0:
         return []
     if not job.seen.struck and not case.plan.damages:
         return [f"failed without a fault; {text}"]
+    if strike.workers:
+        told = job.code == 1 and "DataLoader worker" in said(job)
+        return saved(case, job, output) if told else [f"after a SIGKILL of a worker: {text}"]
     if strike.signal == signal.SIGKILL:
         told = job.code == 128 + signal.SIGKILL and "was killed by SIGKILL" in job.err
         return [] if job.code == -signal.SIGKILL or told else [f"after a SIGKILL: {text}"]
@@ -134,6 +189,8 @@ def ending(case: Case, job: Job) -> list[str]:
     reason = os.strerror(strike.error).lower() if strike.error else "is damaged"
     if job.code != 1 or not said(job).startswith("error: ") or reason not in job.err.lower():
         return [f"the error does not tell `{reason}`; {text}"]
+    if strike.pattern.startswith("data/"):
+        return saved(case, job, output)
     steps = [damage.file.parts[1] for damage in case.plan.damages]
     unnamed = [n for n in steps if not re.search(rf"step {n}: (rank \d+: )?'[\w.]+' in", job.err)]
     return [f"does not name what is damaged: {text}"] if unnamed else []
@@ -176,6 +233,8 @@ def describe(case: Case) -> str:
     strike = case.plan.strike
     start = f"resumed (cut off at step {CUT})" if case.plan.resumed else "fresh"
     what = [f"{case.fault}; {case.ranks} rank(s), {start}, retry on {case.retry_ranks}"]
+    if case.plan.second is not None:
+        what.append(f"the second after {case.plan.second:.3f} s")
     if strike.ranks:
         call = f"{strike.call.name.lower()} of {strike.pattern}, number {strike.at}"
         sent = f"signal {strike.signal} to {strike.whom.name}" if strike.signal else ""

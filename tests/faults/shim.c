@@ -1,4 +1,5 @@
-/* Sees the calls of this process on paths below one directory, and strikes at one of them.
+/* Sees the calls of this process on paths below one directory, on its data and on its standard
+output, and strikes at one of them.
 
 Loaded by LD_PRELOAD; idle until `faults_arm`. What to strike, and how, stands in a control
 file, shared by all ranks of a job; shim.py describes and fills it. The struck call is not made: it
@@ -44,18 +45,21 @@ struct control {
   int64_t signal;       /* sent there, or 0 */
   int64_t whom;
   int64_t microseconds; /* after arming, the signal is sent; 0: never */
+  int64_t workers;      /* not the ranks are struck but the processes that they start */
   _Atomic int64_t counted;
   _Atomic int64_t struck;
   _Atomic int64_t committed;
   int64_t commits[64]; /* numbers that became the name of what had none */
   char directory[PATH_MAX];
+  char data[PATH_MAX];    /* a directory; its paths are seen as data/... */
   char pattern[PATH_MAX]; /* fnmatch's, of a path relative to the directory */
-  char place[PATH_MAX];   /* of the struck call */
+  char place[PATH_MAX];   /* the name of the struck call's */
   char trace[PATH_MAX];   /* a file for all calls, or empty */
 };
 
 static struct control *control;
 static int64_t rank, launcher, began;
+static pid_t armed;
 static int trace = -1;
 
 #define REAL(name) ((__typeof__(&name))real(#name))
@@ -96,27 +100,50 @@ static void send_signal(void) {
   while (number == SIGKILL) pause();
 }
 
+/* The path below `directory`, or NULL. */
+static char *below(char *place, const char *directory) {
+  size_t length = strlen(directory);
+  if (!length || strncmp(place, directory, length) || (place[length] && place[length] != '/'))
+    return NULL;
+  return place + length + (place[length] == '/');
+}
+
+/* The name by which a file is known here, or an empty one. */
+static void name_of(char *out, int dirfd, const char *path) {
+  char place[PATH_MAX], *name;
+  out[0] = 0;
+  if (!path && dirfd == STDOUT_FILENO) {
+    strcpy(out, "console");
+    return;
+  }
+  absolute(place, dirfd, path);
+  if ((name = below(place, control->directory))) snprintf(out, PATH_MAX, "%s", name);
+  else if ((name = below(place, control->data))) snprintf(out, PATH_MAX, "data/%.4000s", name);
+}
+
+/* Where a lasting error lasts: in the run's directory, its data, its console. */
+static int area(const char *name) {
+  return !strcmp(name, "console") ? 2 : !strncmp(name, "data/", 5);
+}
+
 /* What befalls the call: 0, nothing; an errno; SIGNAL, which the caller sends; of a write, HALF is
    made first: what a kill leaves of it, or a full disk, which fails the next one. */
 enum { HALF = 1 << 16, SIGNAL = 1 << 17 };
 static int strike(int kind, int dirfd, const char *path) {
   if (!control) return 0;
   int before = errno;
-  char place[PATH_MAX];
-  absolute(place, dirfd, path);
+  char name[PATH_MAX];
+  name_of(name, dirfd, path);
   errno = before;
-  size_t length = strlen(control->directory);
-  if (strncmp(place, control->directory, length) || (place[length] && place[length] != '/'))
-    return 0;
-  char *below = place + length + (place[length] == '/');
+  if (!name[0]) return 0;
   if (trace >= 0)
-    dprintf(trace, "%ld %d %ld %s\n", (long)rank, kind, (long)(microseconds() - began), below);
-  if (!(control->ranks >> rank & 1)) return 0;
-  int lasts = control->lasting >> kind & 1;
+    dprintf(trace, "%ld %d %ld %s\n", (long)rank, kind, (long)(microseconds() - began), name);
+  if (!(control->ranks >> rank & 1) || (control->workers && getpid() == armed)) return 0;
+  int lasts = control->lasting >> kind & 1 && area(name) == area(control->pattern);
   if (atomic_load(&control->struck)) return lasts ? (int)control->error : 0;
-  if (kind != control->kind || fnmatch(control->pattern, below, 0)) return 0;
+  if (kind != control->kind || fnmatch(control->pattern, name, 0)) return 0;
   if (atomic_fetch_add(&control->counted, 1) + 1 != control->at) return 0;
-  memcpy(control->place, place, PATH_MAX);
+  memcpy(control->place, name, PATH_MAX);
   atomic_store(&control->struck, 1 + kind);
   int half = kind == WRITE && (control->signal == SIGKILL || lasts) ? HALF : 0;
   return half | (control->signal ? SIGNAL : (int)control->error);
@@ -150,7 +177,7 @@ int faults_arm(const char *path, int self, int parent) {
   if (file < 0 || shared == MAP_FAILED || self >= 64) return -1;
   struct control *wanted = shared;
   if (wanted->trace[0]) trace = REAL(open)(wanted->trace, O_WRONLY | O_APPEND | O_CREAT, 0644);
-  rank = self, launcher = parent, began = microseconds(), control = wanted;
+  armed = getpid(), rank = self, launcher = parent, began = microseconds(), control = wanted;
   pthread_t thread;
   if (control->microseconds && control->ranks >> rank & 1)
     return pthread_create(&thread, NULL, timed, NULL);

@@ -1,4 +1,4 @@
-"""Strikes at one call of a process on the files below a directory; shim.c does it.
+"""Strikes at one call of a process on its files, its data or its console; shim.c does it.
 
 `build` compiles it; a process that has it in LD_PRELOAD calls `arm` with a control file that
 `make_control` made, and is watched and struck from there on.
@@ -53,7 +53,7 @@ class Made:
     seconds: float
     """After the rank was armed."""
     place: str
-    """Of its file, below the directory; of a rename the new one."""
+    """Of its file, below the directory; of a rename the new one. Or data/..., or console."""
 
     @property
     def pattern(self) -> str:
@@ -82,6 +82,8 @@ class Strike:
     signal: int = 0
     whom: Whom = Whom.SELF
     seconds: float = 0.0
+    workers: bool = False
+    """Not the ranks are struck but the processes that they started, which read data."""
 
 
 NOTHING = Strike(frozenset())
@@ -99,11 +101,13 @@ class _Control(ctypes.Structure):
         ("signal", ctypes.c_int64),
         ("whom", ctypes.c_int64),
         ("microseconds", ctypes.c_int64),
+        ("workers", ctypes.c_int64),
         ("counted", ctypes.c_int64),
         ("struck", ctypes.c_int64),
         ("committed", ctypes.c_int64),
         ("commits", ctypes.c_int64 * 64),
         ("directory", ctypes.c_char * PATH_MAX),
+        ("data", ctypes.c_char * PATH_MAX),
         ("pattern", ctypes.c_char * PATH_MAX),
         ("place", ctypes.c_char * PATH_MAX),
         ("trace", ctypes.c_char * PATH_MAX),
@@ -122,8 +126,11 @@ class Seen:
     """`rename checkpoints/4`, `a moment`, or nothing."""
 
 
-def make_control(path: Path, directory: Path, strike: Strike, trace: Path | None) -> None:
-    """Writes the control file of a job whose calls on paths below `directory` are watched."""
+def make_control(
+    path: Path, directory: Path, data: Path, strike: Strike, trace: Path | None
+) -> None:
+    """Writes the control file of a job whose calls on its standard output and on paths below
+    `directory` and `data` are watched."""
     control = _Control(
         ranks=sum(1 << rank for rank in strike.ranks),
         kind=strike.call,
@@ -133,7 +140,9 @@ def make_control(path: Path, directory: Path, strike: Strike, trace: Path | None
         signal=strike.signal,
         whom=strike.whom,
         microseconds=round(strike.seconds * 1e6),
+        workers=int(strike.workers),
         directory=os.fsencode(directory),
+        data=os.fsencode(data),
         pattern=os.fsencode(strike.pattern),
         trace=b"" if trace is None else os.fsencode(trace),
     )
@@ -142,7 +151,7 @@ def make_control(path: Path, directory: Path, strike: Strike, trace: Path | None
 
 def read_control(path: Path, trace: Path | None) -> Seen:
     control = _Control.from_buffer_copy(path.read_bytes())
-    struck = control.place.decode().removeprefix(control.directory.decode() + "/")
+    struck = control.place.decode()
     kinds = [call.name.lower() for call in Call]
     how = f"{kinds[control.struck - 1]} {struck}" if control.struck <= len(Call) else struck
     lines = [] if trace is None else trace.read_text().splitlines()

@@ -2,22 +2,33 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 from attrs import field, frozen
 
 from omnistep.core.checkpoint.store import open_store
 from omnistep.core.logs import read_metrics
-from tests.bin.runs import CONFIG, Files, make_files, saved_steps, settings, words
+from tests.bin.runs import (
+    CONFIG,
+    Files,
+    make_files,
+    saved_steps,
+    settings,
+    words,
+    write_documents,
+)
 from tests.faults.jobs import Job, Server
 from tests.faults.shim import NOTHING, Strike
 
 STEPS, SAVE, KEEP, KEEP_EVERY = 8, 2, 1, 4
 ALIVE = 8.0
 """Seconds until a stopped rank is named."""
+DOCUMENT = 16
+"""Characters: so short that reading goes on, a block after another, all through a run."""
 CUT = 7
 """The step at which the run was cut off that a resumed one goes on with; 6 is its last save."""
 
@@ -92,11 +103,16 @@ class World:
 
     @classmethod
     def make(cls, directory: Path) -> "World":
-        for name in ("server", "files", "truths", "runs"):
+        for name in ("server/plain", "files", "data", "truths", "runs"):
             (directory / name).mkdir(parents=True)
         files = make_files(directory / "files")
         files.config.write_text(json.dumps(CONFIG | HEADS))
-        return cls(directory, Server(directory / "server"), files)
+        lines = files.text.read_text().splitlines()
+        text = "".join(json.loads(line)["content_split"] for line in lines)
+        documents = [text[at : at + DOCUMENT] for at in range(0, len(text), DOCUMENT)]
+        files = attrs.evolve(files, text=directory / "data/text.jsonl")
+        write_documents(files.text, documents)
+        return cls(directory, Server(directory / "server", directory / "data"), files)
 
     def run(
         self,
@@ -105,6 +121,8 @@ class World:
         strike: Strike = NOTHING,
         *,
         traced: bool = False,
+        workers: int = 0,
+        meanwhile: Callable[[], None] = lambda: None,
         **changes: Any,
     ) -> Job:
         chosen = settings(
@@ -118,11 +136,13 @@ class World:
                 "train_keep_checkpoints": KEEP,
                 "train_keep_checkpoint_every": KEEP_EVERY,
                 "train_load_checkpoint_path": "auto",
+                "data_num_workers": workers,
                 **MESHES[ranks],
                 **changes,
             },
         )
-        return self.server.run(words(chosen), ranks, output, strike, traced=traced)
+        how = {"traced": traced, "forks": workers > 0, "meanwhile": meanwhile}
+        return self.server.run(words(chosen), ranks, output, strike, **how)
 
     def truth(self, ranks: int) -> Truth:
         if ranks not in self.truths:
