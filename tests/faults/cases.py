@@ -12,7 +12,7 @@ from attrs import frozen
 from omnistep.bin.stop import WISHES
 from tests.bin.runs import saved_steps
 from tests.faults.jobs import Job
-from tests.faults.shim import NOTHING, Call, Made, Strike, Whom, pattern_of
+from tests.faults.shim import NOTHING, Call, Made, Strike, Whom, area_of, pattern_of
 from tests.faults.truth import Truth, World
 
 SPACE = frozenset({Call.CREATE, Call.WRITE, Call.MKDIR})
@@ -64,8 +64,6 @@ class Plan:
     """It goes on from a checkpoint; else it starts."""
     strike: Strike = NOTHING
     damages: tuple[Damage, ...] = ()
-    workers: int = 0
-    """Processes that read data, of each rank."""
     second: float | None = None
     """Seconds after which another run is started in the same directory."""
 
@@ -100,6 +98,15 @@ def begin(draw: random.Random, truth: Truth) -> tuple[bool, Job]:
     return resumed, truth.resumed if resumed else truth.fresh
 
 
+def calls_on(area: str, job: Job) -> list[Made]:
+    return [made for made in job.seen.calls if area_of(made.place) == area]
+
+
+def moment(draw: random.Random, job: Job, share: float = 1.0) -> float:
+    """Seconds until a moment within the first `share` of a job."""
+    return draw.uniform(0, share * max(made.seconds for made in job.seen.calls))
+
+
 def at_a_call(draw: random.Random, calls: Sequence[Made], ranks: frozenset[int]) -> Strike:
     """At one of these calls, all alike, by any of the ranks; the fault is still to be added.
 
@@ -115,7 +122,7 @@ def at_a_call(draw: random.Random, calls: Sequence[Made], ranks: frozenset[int])
 def signal_at_a_call(numbers: tuple[int, ...], whom: Whom, chosen: Ranks) -> Draw:
     def draw_plan(draw: random.Random, ranks: int, truth: Truth) -> Plan:
         resumed, run = begin(draw, truth)
-        strike = at_a_call(draw, run.seen.calls, chosen(draw, ranks))
+        strike = at_a_call(draw, calls_on("run", run), chosen(draw, ranks))
         return Plan(resumed, attrs.evolve(strike, signal=draw.choice(numbers), whom=whom))
 
     return draw_plan
@@ -124,7 +131,7 @@ def signal_at_a_call(numbers: tuple[int, ...], whom: Whom, chosen: Ranks) -> Dra
 def signal_at_a_moment(numbers: tuple[int, ...], *whom: Whom) -> Draw:
     def draw_plan(draw: random.Random, ranks: int, truth: Truth) -> Plan:
         (resumed, run), struck = begin(draw, truth), one(draw, ranks)
-        seconds = draw.uniform(0, max(made.seconds for made in run.seen.calls))
+        seconds = moment(draw, run)
         number = draw.choice(numbers)
         return Plan(resumed, Strike(struck, signal=number, whom=draw.choice(whom), seconds=seconds))
 
@@ -138,20 +145,11 @@ def error_at_a_call(
 
     def draw_plan(draw: random.Random, ranks: int, truth: Truth) -> Plan:
         resumed, run = begin(draw, truth)
-        calls = [m for m in run.seen.calls if m.call in kinds and not is_outside(m)]
+        calls = [made for made in calls_on("run", run) if made.call in kinds]
         strike = at_a_call(draw, calls, chosen(draw, ranks))
         return Plan(resumed, fail(draw, strike, kinds, numbers, lasting))
 
     return draw_plan
-
-
-def is_data(made: Made) -> bool:
-    return made.place.startswith("data/")
-
-
-def is_outside(made: Made) -> bool:
-    """Not below the run's directory."""
-    return is_data(made) or made.place == "console"
 
 
 def error_of_data(chosen: Ranks) -> Draw:
@@ -159,7 +157,7 @@ def error_of_data(chosen: Ranks) -> Draw:
 
     def draw_plan(draw: random.Random, ranks: int, truth: Truth) -> Plan:
         resumed, run = begin(draw, truth)
-        strike = at_a_call(draw, list(filter(is_data, run.seen.calls)), chosen(draw, ranks))
+        strike = at_a_call(draw, calls_on("data", run), chosen(draw, ranks))
         return Plan(resumed, fail(draw, strike, FETCHES, LOST_DATA, 0.5))
 
     return draw_plan
@@ -167,23 +165,22 @@ def error_of_data(chosen: Ranks) -> Draw:
 
 def kill_of_a_worker(draw: random.Random, ranks: int, truth: Truth) -> Plan:
     (resumed, run), (rank,) = begin(draw, truth), one(draw, ranks)
-    opened = [m for m in run.seen.calls if is_data(m) and (m.rank, m.call) == (rank, Call.OPEN)]
+    calls = calls_on("data", run)
+    opened = [made for made in calls if (made.rank, made.call) == (rank, Call.OPEN)]
     at = draw.randrange(1, len(opened))  # the first is the rank's own, which counts the records
-    strike = Strike(frozenset({rank}), Call.OPEN, opened[0].pattern, at, workers=True)
-    return Plan(resumed, attrs.evolve(strike, signal=signal.SIGKILL), workers=1)
+    struck, pattern = frozenset({rank}), opened[0].pattern
+    return Plan(resumed, Strike(struck, Call.OPEN, pattern, at, signal=KILL[0], workers=True))
 
 
 def error_of_the_console(draw: random.Random, ranks: int, truth: Truth) -> Plan:
     resumed, run = begin(draw, truth)
-    # not the last line: half of it may be written without an error, which the next one meets
-    said = [made for made in run.seen.calls if made.place == "console"][:-1]
-    strike = at_a_call(draw, said, frozenset({0}))
+    strike = at_a_call(draw, calls_on("console", run), frozenset({0}))
     return Plan(resumed, fail(draw, strike, frozenset({Call.WRITE}), LOST_CONSOLE, 0.8))
 
 
 def second_run(draw: random.Random, ranks: int, truth: Truth) -> Plan:
     resumed, run = begin(draw, truth)
-    return Plan(resumed, second=draw.uniform(0, 0.6 * max(made.seconds for made in run.seen.calls)))
+    return Plan(resumed, second=moment(draw, run, 0.6))  # later, the first has mostly ended
 
 
 def fail(

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from attrs import frozen
@@ -31,9 +32,14 @@ class Server:
 
     def __init__(self, directory: Path, data: Path) -> None:
         self._directory, self._data, self._count = directory, data, 0
-        environ = {"LD_PRELOAD": str(build(directory))}
-        self._server = ForkServer(directory, environ=environ)
-        self._plain_server = ForkServer(directory / "plain", PROGRAMS, environ)
+        self._environ = {"LD_PRELOAD": str(build(directory))}
+        self._server = ForkServer(directory, environ=self._environ)
+
+    @cached_property
+    def _plain_server(self) -> ForkServer:
+        directory = self._directory / "plain"
+        directory.mkdir()
+        return ForkServer(directory, PROGRAMS, self._environ)
 
     def run(
         self,
@@ -66,4 +72,5 @@ class Server:
 
     def close(self) -> None:
         self._server.close()
-        self._plain_server.close()
+        if "_plain_server" in vars(self):
+            self._plain_server.close()

@@ -15,6 +15,7 @@ from omnistep.bin.stop import ASKED, RESUME_ME
 from tests.bin.runs import content, saved_steps
 from tests.faults.cases import Case
 from tests.faults.jobs import PATIENCE, Job
+from tests.faults.shim import area_of
 from tests.faults.truth import (
     CUT,
     Truth,
@@ -52,31 +53,20 @@ def play(world: World, case: Case) -> Outcome:
     for damage in case.plan.damages:
         damage.apply(output)
     before, steps = content(output / "checkpoints"), set(saved_steps(output))
-    second: list[Job] = []
-
-    def meanwhile() -> None:
-        if case.plan.second is not None:
-            time.sleep(case.plan.second)
-            second.append(world.run(output, case.ranks))
-
-    job = world.run(
-        output, case.ranks, case.plan.strike, workers=case.plan.workers, meanwhile=meanwhile
-    )
+    job, second = strike(world, case, output)
     where = "; ".join(map(str, case.plan.damages)) or job.seen.struck or "not struck"
-    problems = [*ending(case, job, output), *harm(case, job, output, truth)]
-    if second:
-        refused = next((run for run in (job, second[0]) if "another run writes" in run.err), None)
-        where = f"{'first' if refused is job else 'second'} refused" if refused else "not struck"
-        problems = refusal(job, second[0], refused)
-        job = second[0] if refused is job else job
+    if second is not None:
+        if "another run writes" in job.err:  # it came to the lock first
+            job, second = second, job
+        where = "one of two refused" if "another run writes" in second.err else "not struck"
+    problems = [*ending(case, job, second, output), *harm(case, job, output, truth)]
     verdict: Verdict = "finished" if where != "not struck" else "missed"
     seconds = job.seconds
     if job.code == 0:
         problems += differences(output, truth)
-        if case.plan.strike.pattern != "console":  # which lacks a line
+        if area_of(case.plan.strike.pattern) != "console":  # which lacks a line
             problems += fall_back(job, output, steps)
-        if not second:  # which may have made a checkpoint too
-            problems += retention(job, output, steps)
+        problems += retention(job, output, steps)
     elif job.code is not None:
         verdict = "retried" if case.retry_ranks == case.ranks else "elsewhere"
         where += f"; ended with {job.code}, {said(job)}"
@@ -96,14 +86,18 @@ def play(world: World, case: Case) -> Outcome:
     return Outcome(case, verdict, tuple(problems), where, fell_back, seconds)
 
 
-def refusal(first: Job, second: Job, refused: Job | None) -> list[str]:
-    """What is wrong with how two runs of one directory ended."""
-    ends = [f"exit {run.code}; stderr: {run.err.strip() or 'empty'}" for run in (first, second)]
-    if refused is None:  # the second came when the first was done
-        return [] if (first.code, second.code) == (0, 0) else ends
-    told = re.match(r"error: another run writes into .* \(process \d+ on ", refused.err)
-    other = first if refused is second else second
-    return [] if told and (refused.code, other.code) == (1, 0) else ends
+def strike(world: World, case: Case, output: Path) -> tuple[Job, Job | None]:
+    """The struck run, and the one that was started beside it."""
+    beside: list[Job] = []
+
+    def meanwhile() -> None:
+        if case.plan.second is not None:
+            time.sleep(case.plan.second)
+            beside.append(world.run(output, case.ranks))
+
+    workers = int(case.plan.strike.workers)
+    job = world.run(output, case.ranks, case.plan.strike, workers=workers, meanwhile=meanwhile)
+    return job, next(iter(beside), None)
 
 
 def said(job: Job) -> str:
@@ -148,20 +142,24 @@ def saved(case: Case, job: Job, output: Path) -> list[str]:
     if not job.seen.struck or not (output / "metrics.jsonl").exists():
         return []
     made, newest = max(read_numbers(output), default=0), max(saved_steps(output), default=0)
-    before = CUT if case.plan.resumed else 0  # steps of the run that was cut off
-    return (
-        [] if newest >= made or made <= before else [f"step {made} was made, step {newest} saved"]
-    )
+    if newest >= made or (case.plan.resumed and made <= CUT):  # those of the run that was cut off
+        return []
+    return [f"step {made} was made, step {newest} saved"]
 
 
-def ending(case: Case, job: Job, output: Path) -> list[str]:
-    """What is wrong with the way in which a struck run ended."""
+def ending(case: Case, job: Job, second: Job | None, output: Path) -> list[str]:
+    """What is wrong with the way in which a struck run ended, and the one beside it."""
     strike, text = case.plan.strike, f"exit {job.code}; stderr: {job.err.strip() or 'empty'}"
     if job.code is None:
         return [f"hung for {PATIENCE:.0f} s; stderr: {job.err.strip()}"]
     if "Traceback" in job.err or "terminate called" in job.err:
         return [f"not a clear error; {text}"]
-    if strike.pattern == "console":
+    if second is not None:
+        told = re.match(r"error: another run writes into .* \(process \d+ on ", second.err)
+        after = not second.err and second.code == 0  # the first was done by then
+        fine = job.code == 0 and (after or (told and second.code == 1))
+        return [] if fine else [f"{text}; the second: exit {second.code}; stderr: {second.err}"]
+    if area_of(strike.pattern) == "console":
         told = "standard output can't be written (" in job.err
         return [] if job.code == 0 and told else [f"standard output was gone; {text}"]
     if job.code == 0:
@@ -189,7 +187,7 @@ def ending(case: Case, job: Job, output: Path) -> list[str]:
     reason = os.strerror(strike.error).lower() if strike.error else "is damaged"
     if job.code != 1 or not said(job).startswith("error: ") or reason not in job.err.lower():
         return [f"the error does not tell `{reason}`; {text}"]
-    if strike.pattern.startswith("data/"):
+    if area_of(strike.pattern) == "data":
         return saved(case, job, output)
     steps = [damage.file.parts[1] for damage in case.plan.damages]
     unnamed = [n for n in steps if not re.search(rf"step {n}: (rank \d+: )?'[\w.]+' in", job.err)]

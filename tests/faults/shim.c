@@ -60,6 +60,7 @@ struct control {
 static struct control *control;
 static int64_t rank, launcher, began;
 static pid_t armed;
+static struct stat console; /* standard output, as it was then */
 static int trace = -1;
 
 #define REAL(name) ((__typeof__(&name))real(#name))
@@ -108,11 +109,18 @@ static char *below(char *place, const char *directory) {
   return place + length + (place[length] == '/');
 }
 
+/* Whether it is what standard output was, and has not been led elsewhere. */
+static int is_console(int fd) {
+  struct stat now;
+  return fd == STDOUT_FILENO && !fstat(fd, &now) && now.st_dev == console.st_dev &&
+         now.st_ino == console.st_ino;
+}
+
 /* The name by which a file is known here, or an empty one. */
 static void name_of(char *out, int dirfd, const char *path) {
   char place[PATH_MAX], *name;
   out[0] = 0;
-  if (!path && dirfd == STDOUT_FILENO) {
+  if (!path && is_console(dirfd)) {
     strcpy(out, "console");
     return;
   }
@@ -177,6 +185,7 @@ int faults_arm(const char *path, int self, int parent) {
   if (file < 0 || shared == MAP_FAILED || self >= 64) return -1;
   struct control *wanted = shared;
   if (wanted->trace[0]) trace = REAL(open)(wanted->trace, O_WRONLY | O_APPEND | O_CREAT, 0644);
+  if (fstat(STDOUT_FILENO, &console)) return -1;
   armed = getpid(), rank = self, launcher = parent, began = microseconds(), control = wanted;
   pthread_t thread;
   if (control->microseconds && control->ranks >> rank & 1)

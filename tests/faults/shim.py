@@ -60,6 +60,13 @@ class Made:
         return pattern_of(self.place)
 
 
+def area_of(place: str) -> str:
+    """`console`, `data`, or `run`: that of a Made's place, or of a Strike's pattern."""
+    if place == "console":
+        return place
+    return "data" if place.startswith("data/") else "run"
+
+
 def pattern_of(place: str) -> str:
     """The place, whatever names tensorstore draws for its files."""
     return re.sub(r"[0-9a-f]{32}", "?" * 32, place)

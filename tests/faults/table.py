@@ -44,11 +44,11 @@ config) are those of a run on the same mesh that nobody disturbed.
 **Ended**: killed by the fault; or by the ranks that miss a stopped one, which they name within
 {ALIVE:.0f} seconds (train.rank_timeout; 120 by default); or asked to stop, having saved (before the
 run listens, in its first tenths of a second, and after its last line the signal alone ends it); or
-with one `error:` that names the cause. Never with a traceback, never by hanging. At that moment
-every checkpoint that had been committed and was to be kept is there, and each one there restores
-to the bits of the undisturbed run's. The retry (`--train.load_checkpoint_path auto`, no fault)
-begins at the newest of them, finds none that is not sound, and leaves no remains of the save that
-was cut off.
+with one `error:` that names the cause, every step that was made saved where it was the data. Never
+with a traceback, never by hanging. At that moment every checkpoint that had been committed and was
+to be kept is there, and each one there restores to the bits of the undisturbed run's. The retry
+(`--train.load_checkpoint_path auto`, no fault) begins at the newest of them, finds none that is not
+sound, and leaves no remains of the save that was cut off.
 
 **Fell back**: the newest checkpoint could not be read. The run said so, naming step and array, set
 it aside as `<step>.damaged` and went on from an older one. Damage to a file that no restore reads
@@ -59,8 +59,12 @@ nothing is changed; the retry is then made with the files whole again.
 first mesh, each weight's leaf within {WEIGHT_TOLERANCE:.0e} by its norm, data position and meters
 equal.
 
+**A second run** is refused and told whose process holds the directory; where standard output can't
+be written that is said once on standard error. The run goes on in both cases.
+
 How a fault is made: a small library (`tests/faults/shim.c`, by LD_PRELOAD) sees every call that
-opens, reads, writes, syncs, renames, makes or deletes something below the run's directory. The
+opens, reads, writes, syncs, renames, makes or deletes something below the run's directory, reads
+its data, or writes to standard output. The
 calls of an undisturbed run are listed, one is drawn, and there the call fails, or a signal comes
 before it; of a struck write the first half is made, as a full disk or a kill may leave it. "Full"
 and "read-only" last for the rest of the run. "At a moment" is by the clock, from the start of

@@ -103,7 +103,7 @@ class World:
 
     @classmethod
     def make(cls, directory: Path) -> "World":
-        for name in ("server/plain", "files", "data", "truths", "runs"):
+        for name in ("server", "files", "data", "truths", "runs"):
             (directory / name).mkdir(parents=True)
         files = make_files(directory / "files")
         files.config.write_text(json.dumps(CONFIG | HEADS))

@@ -18,6 +18,7 @@ ENVIRONMENT = {
     "COLUMNS": "200",
     "GLOO_SOCKET_IFNAME": "lo",
     "PYTHONFAULTHANDLER": "1",  # a crash says where
+    "PYTHONUNBUFFERED": "",  # unbuffered, Python drops the rest of a line that is half written
 }
 """Of every process that tests start."""
 
