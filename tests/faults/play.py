@@ -102,8 +102,8 @@ def strike(world: World, case: Case, output: Path) -> tuple[Job, Job | None]:
 
 def said(job: Job) -> str:
     """The error that a run ended with."""
-    _, error, text = job.err.rpartition("error: ")
-    return error + text.strip() if error else "without an error"
+    *_, text = re.split(r"^(?=error: )", job.err, flags=re.M)
+    return text.strip() if text.startswith("error: ") else "without an error"
 
 
 def set_aside(output: Path) -> set[int]:
@@ -155,7 +155,9 @@ def ending(case: Case, job: Job, second: Job | None, output: Path) -> list[str]:
     if "Traceback" in job.err or "terminate called" in job.err:
         return [f"not a clear error; {text}"]
     if second is not None:
-        told = re.match(r"error: another run writes into .* \(process \d+ on ", second.err)
+        told = re.match(
+            r"error: (rank \d+: )?another run writes into .* \(process \d+ on ", second.err
+        )
         after = not second.err and second.code == 0  # the first was done by then
         fine = job.code == 0 and (after or (told and second.code == 1))
         return [] if fine else [f"{text}; the second: exit {second.code}; stderr: {second.err}"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from omnistep.core.checkpoint.store import open_store
-from tests.faults.cases import FAULTS, Case, Damage, Plan, make_case
+from tests.faults.cases import FAULTS, FETCHES, Case, Damage, Plan, calls_on, make_case
 from tests.faults.play import Outcome, describe, play
 from tests.faults.shim import Call, Strike
 from tests.faults.truth import STEPS, World, differences, unlike
@@ -61,6 +61,16 @@ def test_a_flipped_bit_of_a_weight(world: World) -> None:
     largest = max(files, key=lambda path: path.stat().st_size).relative_to(half)
     plan = Plan(resumed=True, damages=(Damage(largest, "flipped", 0.5, 3),))
     assert check(world, Case(101, "a flip", 1, 1, plan)).fell_back
+
+
+def test_data_that_goes_in_the_middle_of_a_run(world: World) -> None:
+    """The third block cannot be read: steps were made, and must be saved."""
+    opened = [m for m in calls_on("data", world.truth(1).fresh) if m.call == Call.OPEN]
+    at = 3 * len(opened) // 4
+    strike = Strike(frozenset({0}), Call.OPEN, opened[at].pattern, at, errno.EIO, FETCHES)
+    outcome = check(world, Case(102, "data goes", 1, 1, Plan(strike=strike)))
+    assert outcome.verdict == "retried"
+    assert "the data can't be read" in outcome.how
 
 
 def check(world: World, case: Case) -> Outcome:

@@ -27,8 +27,9 @@ from tests.faults.shim import NOTHING, Strike
 STEPS, SAVE, KEEP, KEEP_EVERY = 8, 2, 1, 4
 ALIVE = 8.0
 """Seconds until a stopped rank is named."""
-DOCUMENT = 16
-"""Characters: so short that reading goes on, a block after another, all through a run."""
+DOCUMENT = 20
+"""Characters: so short that reading goes on, a block after another, all through a run. The third
+block is read after step 3, the fourth after step 7: neither is saved unless something ends it."""
 CUT = 7
 """The step at which the run was cut off that a resumed one goes on with; 6 is its last save."""
 
