@@ -64,7 +64,7 @@ def spawn(command: Sequence[str], nproc: int, grace: float = GRACE) -> int:
             return 128 + signals.first  # it came before all took it as a wish to save and end
         tails = {rank: _tail(errors[rank]) for rank in failed if rank}
         said = store.get(FAILURE).decode() if store.check([FAILURE]) else None
-        verdict = blame({rank: codes[rank] for rank in failed}, said, tails)
+        verdict = blame(codes_of_failed(codes, failed, said), said, tails)
     for line in verdict.lines:
         show(line, sys.stderr)
     return verdict.code
@@ -179,12 +179,24 @@ class Verdict:
     """What rank 0 has not printed yet."""
 
 
+def codes_of_failed(
+    codes: Sequence[int], failed: Sequence[int], said: str | None
+) -> dict[int, int]:
+    """The exit codes, by rank, of the ranks that `failed` before any was ended, and of the one that
+    `said` why: another one, which ends because of it, may be seen to end before it does."""
+    speaker = (said or "").partition("\n")[0]
+    found = {rank: codes[rank] for rank in failed}
+    if speaker.isdecimal() and int(speaker) < len(codes) and codes[int(speaker)] > 0:
+        found.setdefault(int(speaker), codes[int(speaker)])
+    return found
+
+
 def blame(codes: Mapping[int, int], said: str | None, tails: Mapping[int, str]) -> Verdict:
     """Why the job failed.
 
-    `codes`: of the ranks that failed before any was ended. `said`: `rank\\ntext` of the first
-    one that failed by itself and could say why. `tails`: the end of each one's standard error,
-    save rank 0's.
+    `codes`: of the ranks that failed by themselves (`codes_of_failed`). `said`: `rank\\ntext`
+    of the first one that failed by itself and could say why. `tails`: the end of each one's
+    standard error, save rank 0's.
     """
     speaker, _, text = (said or "").partition("\n")
     if not speaker.isdecimal():  # no rank of ours wrote that

@@ -24,7 +24,15 @@ from omnistep.bin.launch import (
     slurm_port,
     take_nproc,
 )
-from omnistep.bin.spawn import GRACE, Verdict, _serve_store, blame, rank_environment, spawn
+from omnistep.bin.spawn import (
+    GRACE,
+    Verdict,
+    _serve_store,
+    blame,
+    codes_of_failed,
+    rank_environment,
+    spawn,
+)
 from omnistep.bin.stop import ASKED, AT_ONCE, INTERRUPTED, RESUME_ME
 from omnistep.core.config_errors import ConfigError
 from tests.bin.runs import call, settings, wait_until, words
@@ -176,6 +184,23 @@ def test_whose_fault_it_is(codes, said, expected):
         words = ("last words",) if "rank 1" in text else ()
         expected = Verdict(code, (*words, f"error: {text}, so the others were ended"))
     assert verdict == expected
+
+
+@pytest.mark.parametrize(
+    ("codes", "failed", "said", "expected"),
+    [
+        ([-9, LOST_PEER, LOST_PEER], [1], "2\nrank 0 is silent", {1: LOST_PEER, 2: LOST_PEER}),
+        ([LOST_PEER, -15, 1], [0], "2\nTraceback", {0: LOST_PEER, 2: 1}),
+        ([LOST_PEER, -15, -15], [0], "2\nTraceback", {0: LOST_PEER}),
+        ([-9, 0], [0], None, {0: -9}),
+        ([-9, 3], [0], "7\nno rank of ours", {0: -9}),
+    ],
+)
+def test_who_said_why_may_end_after_others(codes, failed, said, expected):
+    """As where a rank is stopped: one of the others tells of it, and all see that it was told."""
+    assert codes_of_failed(codes, failed, said) == expected
+    silent = expected.get(2) == LOST_PEER
+    assert (blame(expected, said, {}).code == LOST_PEER) == silent
 
 
 def test_the_environment_of_a_rank():
