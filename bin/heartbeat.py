@@ -97,9 +97,13 @@ class Heartbeat:
         if beat is not None and beat != last:
             self._seen[rank] = (beat, now)
         elif now - since > self.timeout:
-            return (
-                f"error: rank {rank} has given no sign of life for {self.timeout:.0f} s "
-                "(train.rank_timeout): it is stopped, or its machine or the network is gone. What "
-                "was saved is sound"
-            )
+            return silence(rank, self.timeout)
         return None
+
+
+def silence(rank: int, seconds: float) -> str:
+    """What is said of a rank that was waited for in vain."""
+    return (
+        f"error: rank {rank} has given no sign of life for {seconds:.0f} s (train.rank_timeout): "
+        "it is stopped, or its machine or the network is gone. What was saved is sound"
+    )

@@ -20,7 +20,7 @@ from typing import Any
 import torch.distributed as dist
 from attrs import Factory, define, frozen
 
-from omnistep.bin.heartbeat import LOST_PEER
+from omnistep.bin.heartbeat import LOST_PEER, silence
 from omnistep.bin.launch import FAILURE, LAUNCHER
 from omnistep.bin.stop import AT_ONCE, INTERRUPTED, RESUME_ME, WISHES
 from omnistep.core.screen import show
@@ -33,13 +33,16 @@ TAIL = 4000
 """Characters shown of the standard error of a rank that could not say why it ended."""
 
 
-def spawn(command: Sequence[str], nproc: int, grace: float = GRACE) -> int:
+def spawn(
+    command: Sequence[str], nproc: int, grace: float = GRACE, rank_timeout: float = 120.0
+) -> int:
     """Runs `command` as ranks 0 to nproc - 1; returns the exit code for all of them.
 
     Rank 0 has our standard output and error. When a rank fails the others are ended, and what it
     said is printed if it was not rank 0; the code is its own, 128 + n where signal n killed it.
-    RESUME_ME when the ranks ended with it. SIGTERM, SIGUSR1, SIGHUP and Ctrl-C reach every rank as
-    SIGTERM; a second Ctrl-C kills them.
+    RESUME_ME when the ranks ended with it, LOST_PEER when one is still there `rank_timeout` seconds
+    after another has ended well: they leave together. SIGTERM, SIGUSR1, SIGHUP and Ctrl-C reach
+    every rank as SIGTERM; a second Ctrl-C kills them.
     """
     # here, and not in rank 0: it picks a free port by itself, and outlives every rank
     store = _serve_store()
@@ -50,7 +53,7 @@ def spawn(command: Sequence[str], nproc: int, grace: float = GRACE) -> int:
             for rank in range(nproc):
                 environment = rank_environment(os.environ, rank, nproc, store.port)
                 ranks.append(_start(command, environment, errors[rank] if rank else None))
-            failed = _watch(ranks, signals, grace)
+            failed, silent = _watch(ranks, signals, grace, rank_timeout)
         finally:
             for process in ranks:
                 process.kill()
@@ -58,6 +61,9 @@ def spawn(command: Sequence[str], nproc: int, grace: float = GRACE) -> int:
         codes = [process.returncode for process in ranks]
         if signals.interrupts > 1:
             return INTERRUPTED
+        if silent:
+            show(silence(silent[0], rank_timeout), sys.stderr)
+            return LOST_PEER
         if not failed:
             return max(codes)
         if signals.asked and {codes[rank] for rank in failed} <= {-signal.SIGTERM, LOST_PEER}:
@@ -148,10 +154,13 @@ class _Signals:
             signal.signal(number, handler)
 
 
-def _watch(ranks: Sequence[subprocess.Popen[bytes]], signals: _Signals, grace: float) -> list[int]:
-    """Waits for all ranks, and ends them when one fails. The ranks that failed by themselves."""
+def _watch(
+    ranks: Sequence[subprocess.Popen[bytes]], signals: _Signals, grace: float, rank_timeout: float
+) -> tuple[list[int], list[int]]:
+    """Waits for all ranks, and ends them when one fails. The ranks that failed by themselves, and
+    those that were waited for in vain when others had ended well."""
     failed: list[int] = []
-    told, deadline = False, None
+    told, deadline, first_end = False, None, None
     while (running := [p for p in ranks if p.poll() is None]) and signals.interrupts < 2:
         if signals.asked and not told:
             told = True
@@ -164,8 +173,12 @@ def _watch(ranks: Sequence[subprocess.Popen[bytes]], signals: _Signals, grace: f
         if deadline is not None and time.monotonic() > deadline:
             for process in running:
                 process.kill()
+        if len(running) < len(ranks):
+            first_end = first_end or time.monotonic()
+            if deadline is None and time.monotonic() > first_end + rank_timeout:
+                return [], [i for i, process in enumerate(ranks) if process in running]
         time.sleep(POLL)
-    return failed or _failed(ranks)
+    return failed or _failed(ranks), []
 
 
 def _failed(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int]:

@@ -81,7 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         ranks, cuda = max(nproc, launch.world_size), torch.cuda.is_available()
         args = load(argv, world_size=ranks, cuda=cuda, command=TRAIN)
         if nproc > 1:
-            return spawn([sys.executable, "-m", "omnistep.bin.train", *argv], nproc)
+            command = [sys.executable, "-m", "omnistep.bin.train", *argv]
+            return spawn(command, nproc, rank_timeout=args.train.rank_timeout)
         device_kind = "cuda" if cuda and args.train.init_device != "cpu" else "cpu"
         join(launch, device_kind, args.train.rank_timeout)
         with Stop(silent=launch.rank > 0) as stop:

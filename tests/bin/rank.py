@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+import omnistep.bin.launch
 from omnistep.bin.launch import LaunchError, fail, join, leave, read_launch
 from omnistep.bin.spawn import spawn
 from omnistep.bin.stop import RESUME_ME, Stop
@@ -17,19 +18,21 @@ from omnistep.core.config_errors import ConfigError
 from omnistep.parallel.collectives import all_reduce
 from omnistep.parallel.mesh import Mesh, make_mesh
 
+RANK_TIMEOUT = float(os.environ.get("RANK_TIMEOUT", "120"))
+
 
 def launch(argv: list[str]) -> int:
     """`[CASE, RANK, GRACE, --nproc, N]`."""
     case, chosen, grace, _, nproc = argv
     command = [sys.executable, "-m", "tests.bin.rank", case, chosen]
-    return spawn(command, int(nproc), float(grace))
+    return spawn(command, int(nproc), float(grace), RANK_TIMEOUT)
 
 
 def main(argv: list[str]) -> int:
     case, chosen = argv[0], int(argv[1]) if argv[1:] else 0
     me = read_launch(os.environ)
     try:
-        join(me, "cpu", float(os.environ.get("RANK_TIMEOUT", "120")))
+        join(me, "cpu", RANK_TIMEOUT)
         mesh = make_mesh({"dp_shard": me.world_size}, torch.device("cpu"))
         with Stop(silent=me.rank > 0) as stop:
             return leave(act(case, mesh, stop, mesh.rank == chosen))
@@ -62,6 +65,8 @@ def act(case: str, mesh: Mesh, stop: Stop, is_chosen: bool) -> int:
         os._exit(7)
     if is_chosen and case == "stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
+    if is_chosen and case == "stopped at the end":  # when all have met in `leave`
+        omnistep.bin.launch.destroy_groups = lambda: os.kill(os.getpid(), signal.SIGSTOP)
     if is_chosen and case == "restart" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     if case == "stuck" and not is_chosen:

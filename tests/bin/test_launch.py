@@ -306,6 +306,13 @@ def test_a_rank_that_is_stopped_is_named(rank, launch):
     assert line.startswith(f"error: rank {rank} has given no sign of life for 2 s (train.rank_time")
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_stopped_when_others_have_ended_is_named(rank, launch):
+    """No heart beats any more; the launcher sees it."""
+    err = failed(launch("stopped at the end", rank, timeout=2).wait(), LOST_PEER)
+    assert err.startswith(f"error: rank {rank} has given no sign of life for 2 s (train.rank_time")
+
+
 def test_a_rank_that_does_not_come_is_named(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
